@@ -1,0 +1,1 @@
+"""Attack a trained nnU-Net model and report what it withstands."""

@@ -1,0 +1,131 @@
+"""Auto-PGD: Croce & Hein 2020, https://arxiv.org/abs/2003.01690, Algorithm 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nnunet_ima.attacks.attack import Attack
+from nnunet_ima.attacks.oracle import BestSoFar, Oracle
+from nnunet_ima.lp import per_sample, random_on_sphere, steepest_direction
+from nnunet_ima.seeds import sample_generators
+from nnunet_ima.threat import ThreatModel
+
+# The paper's constants: momentum α, and the share ρ of steps that must raise the loss between two checkpoints.
+ALPHA = 0.75
+RHO = 0.75
+
+
+@dataclass(frozen=True)
+class APGD(Attack):
+    """PGD with momentum whose step starts at 2ε and is halved, from the best point so far, when it stops paying.
+
+    The step is halved at checkpoint w_j if (1) fewer than ρ of the steps since w_{j−1} raised the loss, or (2) neither
+    the step nor the highest loss changed since w_{j−1}.
+
+    Attributes:
+        steps: N_iter of the paper.
+        restarts: random starts on the surface of the ball; more are never weaker.
+    """
+
+    name: ClassVar[str] = "apgd"
+    steps: int = 100
+    restarts: int = 1
+
+    def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
+        """See :meth:`Attack.run`."""
+        for restart in range(self.restarts):
+            active = self.worth_attacking(best)
+            if not len(active):
+                return
+            generators = sample_generators(images[active], self.seed, self.name, restart)
+            threat = self.threat.select(active)
+            start = random_on_sphere(images[active], threat.norm, threat.radius(images[active]), generators)
+            self._climb(oracle, images[active], threat.project(images[active] + start, images[active]), active, best)
+
+    def _climb(self, oracle: Oracle, images: Tensor, start: Tensor, index: Tensor, best: BestSoFar) -> None:
+        """Algorithm 1 from ``start``; samples whose Dice reaches 0 leave."""
+        state = _Climb(self.threat.select(index), images, start, index)
+        marks = checkpoints(self.steps)
+        since_mark = {mark: mark - earlier for earlier, mark in pairwise(marks)}
+        for step in range(self.steps):
+            answer = oracle.ascent(state.point, state.index)
+            state.record(answer.loss, answer.gradient, raised_counts=step > 0)
+            if step in since_mark:
+                state.halve_where_stuck(since_mark[step])
+            state.leave(best.dice[state.index] > 0)
+            if not len(state.index):
+                return
+            state.move(first_step=step == 0)
+        oracle.dice(state.point, state.index)
+
+
+def checkpoints(steps: int) -> list[int]:
+    """Steps w_j = ⌈p_j N⌉ with p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j − p_{j−1} − 0.03, 0.06); starts with 0."""
+    shares = [0.0, 0.22]
+    while shares[-1] < 1:
+        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
+    # Rounding first: 0.22 * 50 is 11.000000000000002 in floating point.
+    marks = [int(-(-round(share * steps, 6) // 1)) for share in shares]
+    return [mark for i, mark in enumerate(marks) if mark <= steps and mark not in marks[:i]]
+
+
+class _Climb:
+    """The state of Algorithm 1 for the samples that are still in play, each tensor (n, ...)."""
+
+    def __init__(self, threat: ThreatModel, images: Tensor, start: Tensor, index: Tensor) -> None:
+        samples = len(index)
+        self.threat, self.images, self.index = threat, images, index
+        self.point, self.previous = start, start
+        self.gradient = torch.zeros_like(start)
+        self.top_point, self.top_gradient = start, self.gradient
+        self.top_loss = start.new_full((samples,), -torch.inf)
+        self.last_loss = self.top_loss
+        self.step = start.new_full((samples,), 2.0)  # η, in units of ε
+        self.raised = start.new_zeros(samples)
+        self.step_at_mark, self.top_at_mark = self.step, self.top_loss
+
+    def record(self, loss: Tensor, gradient: Tensor, raised_counts: bool) -> None:
+        """Take in loss and gradient at ``point``: lines 7 to 9 of Algorithm 1."""
+        if raised_counts:
+            self.raised = self.raised + (loss > self.last_loss)
+        self.last_loss, self.gradient = loss, gradient
+        higher = loss > self.top_loss
+        self.top_loss = torch.where(higher, loss, self.top_loss)
+        self.top_point = torch.where(per_sample(higher, self.point), self.point, self.top_point)
+        self.top_gradient = torch.where(per_sample(higher, gradient), gradient, self.top_gradient)
+
+    def halve_where_stuck(self, steps_since_mark: int) -> None:
+        """Conditions 1 and 2 at a checkpoint: halve the step and go back to the best point (lines 10 to 14)."""
+        stuck = self.raised < RHO * steps_since_mark
+        stuck |= (self.step_at_mark == self.step) & (self.top_at_mark == self.top_loss)
+        self.step_at_mark, self.top_at_mark = self.step, self.top_loss
+        self.step = torch.where(stuck, self.step / 2, self.step)
+        self.point = torch.where(per_sample(stuck, self.point), self.top_point, self.point)
+        self.gradient = torch.where(per_sample(stuck, self.gradient), self.top_gradient, self.gradient)
+        self.raised = torch.zeros_like(self.raised)
+
+    def move(self, first_step: bool) -> None:
+        """One step with momentum (Eq. 4, 5): z = Π(x + η h(g)); x' = Π(x + α (z − x) + (1 − α)(x − previous))."""
+        gradient = torch.where(self.threat.perturbable(self.images), self.gradient, torch.zeros_like(self.gradient))
+        direction = steepest_direction(gradient, self.threat.norm)
+        length = per_sample(self.step, self.point) * self.threat.radius(self.images)
+        target = self.threat.project(self.point + length * direction, self.images)
+        if not first_step:
+            momentum = ALPHA * (target - self.point) + (1 - ALPHA) * (self.point - self.previous)
+            target = self.threat.project(self.point + momentum, self.images)
+        self.previous, self.point = self.point, target
+
+    def leave(self, stays: Tensor) -> None:
+        """Drop the samples where ``stays`` (n,) is False."""
+        if bool(stays.all()):
+            return
+        kept = stays.nonzero()[:, 0]
+        self.threat = self.threat.select(kept)
+        for field in ("images", "index", "point", "previous", "gradient", "top_point", "top_gradient", "top_loss",
+                      "last_loss", "step", "raised", "step_at_mark", "top_at_mark"):  # fmt: skip
+            setattr(self, field, getattr(self, field)[kept])

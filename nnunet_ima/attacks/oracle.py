@@ -1,0 +1,167 @@
+"""What an attack may ask a network, and the one place where its best answers are kept and its passes are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ima.dice import DiceCriterion
+from nnunet_ima.losses import Outputs, first
+
+LossFunction = Callable[[Outputs, Outputs], Tensor]
+
+
+class Ascent(NamedTuple):
+    """Loss (B,), its gradient with respect to the images (B, C, *spatial), and Dice (B,) at the same point."""
+
+    loss: Tensor
+    gradient: Tensor
+    dice: Tensor
+
+
+class BestSoFar:
+    """For each sample of a batch, the perturbed image with the lowest Dice that was seen."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images.clone()
+        self.dice = torch.full((images.shape[0],), torch.inf, device=images.device)
+
+    def update(self, index: Tensor, images: Tensor, dice: Tensor) -> None:
+        """Keep ``images`` of the samples ``index`` where their Dice is lower than what is kept."""
+        better = dice < self.dice[index]
+        self.images[index[better]] = images[better]
+        self.dice[index[better]] = dice[better]
+
+
+class Oracle:
+    """Answers with a network's Dice and loss gradient at points that an attack proposes.
+
+    Every answer is offered to ``best``, so that no attack can return less than the best it has seen, and every pass is
+    counted per sample. Use it inside :func:`undisturbed`.
+
+    Args:
+        network: takes images (B, C, *spatial), returns logits (B, K, *spatial) or a list of them (deep supervision).
+        targets: of all samples of the batch, as ``loss`` and ``criterion`` read them.
+        loss: (outputs, targets) to one value a sample; what the attack ascends.
+        criterion: gives the Dice.
+        chunk: run the network on exactly this many images at a time, filling up with zeros. A sample's numbers then do
+            not depend on which and how many other samples are attacked with it: convolution kernels round differently
+            for different batch sizes, and 100 steps amplify that. None runs whatever is asked in one go.
+        autocast: makes the context in which the network runs (mixed precision on CUDA).
+        best: where to keep the best points; None keeps none.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        targets: Outputs,
+        loss: LossFunction,
+        criterion: DiceCriterion,
+        chunk: int | None = None,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        best: BestSoFar | None = None,
+    ) -> None:
+        self._network = network
+        self._targets = targets
+        self._loss = loss
+        self._criterion = criterion
+        self._chunk = chunk
+        self._autocast = autocast
+        self._best = best
+        samples = first(targets).shape[0]
+        self.forward_passes = torch.zeros(samples, dtype=torch.long)
+        self.backward_passes = torch.zeros(samples, dtype=torch.long)
+
+    def dice(self, images: Tensor, index: Tensor) -> Tensor:
+        """Dice (n,) of ``images`` (n, C, *spatial), which are candidates for the samples ``index`` (n,)."""
+        with torch.no_grad():
+            parts = [self._dice_of(*part) for part in self._parts(images, index)]
+        return self._record(images, index, _cat(parts, images))
+
+    def ascent(self, images: Tensor, index: Tensor) -> Ascent:
+        """Loss, gradient and Dice at ``images`` (n, C, *spatial) for the samples ``index`` (n,)."""
+        parts = [self._ascent_of(*part) for part in self._parts(images, index)]
+        dice = self._record(images, index, _cat([p.dice for p in parts], images))
+        self.backward_passes.index_add_(0, index.cpu(), torch.ones(len(index), dtype=torch.long))
+        gradient = torch.cat([p.gradient for p in parts]) if parts else torch.zeros_like(images)
+        return Ascent(_cat([p.loss for p in parts], images), gradient, dice)
+
+    def _record(self, images: Tensor, index: Tensor, dice: Tensor) -> Tensor:
+        self.forward_passes.index_add_(0, index.cpu(), torch.ones(len(index), dtype=torch.long))
+        if self._best is not None:
+            self._best.update(index, images.detach(), dice)
+        return dice
+
+    def _parts(self, images: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Outputs, int]]:
+        """Images and targets in runs of ``chunk``, filled up to that size; and how many of each run are real."""
+        size = self._chunk or max(1, len(index))
+        for start in range(0, len(index), size):
+            part = index[start : start + size]
+            missing = (size - len(part)) if self._chunk else 0
+            targets = _map(self._targets, lambda t, part=part, missing=missing: _fill(t[part], missing))
+            yield _fill(images[start : start + size], missing), targets, len(part)
+
+    def _dice_of(self, images: Tensor, targets: Outputs, real: int) -> Tensor:
+        with self._autocast():
+            logits = first(self._network(images))
+        return self._criterion.dice(logits, first(targets))[:real].float()
+
+    def _ascent_of(self, images: Tensor, targets: Outputs, real: int) -> Ascent:
+        loss, gradient, dice = self._differentiate(images, targets, self._autocast)
+        if not bool(torch.isfinite(gradient).all()):
+            # Half precision overflowed: this part once more in the images' own precision.
+            loss, gradient, dice = self._differentiate(images, targets, nullcontext)
+        return Ascent(loss[:real], gradient[:real], dice[:real])
+
+    def _differentiate(
+        self, images: Tensor, targets: Outputs, autocast: Callable[[], AbstractContextManager[object]]
+    ) -> Ascent:
+        with torch.enable_grad():
+            images = images.detach().requires_grad_(True)
+            with autocast():
+                outputs = self._network(images)
+            loss = self._loss(outputs, targets)
+            # The loss is a mean over voxels: in half precision its gradient (about 1/voxels) would underflow to zero.
+            scale = float(images[0, 0].numel()) if autocast is not nullcontext else 1.0
+            (gradient,) = torch.autograd.grad(loss.sum() * scale, images)
+        dice = self._criterion.dice(first(outputs).detach(), first(targets)).float()
+        return Ascent(loss.detach(), gradient / scale, dice)
+
+
+@contextmanager
+def undisturbed(network: nn.Module) -> Iterator[None]:
+    """Attack ``network`` in evaluation mode and without weight gradients; leave it as it was found, even on an error.
+
+    Evaluation mode keeps dropout from blurring gradients and batch norm from learning from perturbed images.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if any(training for _, training in modes):
+        network.eval()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _map(values: Outputs, function: Callable[[Tensor], Tensor]) -> Outputs:
+    return function(values) if isinstance(values, Tensor) else [function(v) for v in values]
+
+
+def _fill(values: Tensor, missing: int) -> Tensor:
+    if missing <= 0:
+        return values
+    return torch.cat([values, values.new_zeros((missing, *values.shape[1:]))])
+
+
+def _cat(parts: Sequence[Tensor], images: Tensor) -> Tensor:
+    return torch.cat(list(parts)) if parts else images.new_zeros(0)

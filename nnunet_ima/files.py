@@ -1,0 +1,28 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(file: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``file``, and rename it to ``file`` if the block ends well.
+
+    If it does not, the temporary file is removed and an older ``file`` stays as it was.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write ``text`` to ``file``, whole or not at all."""
+    with atomic_path(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

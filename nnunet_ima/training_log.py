@@ -1,0 +1,98 @@
+"""nnU-Net's own training log and progress picture, with the curves of adversarial training added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+from nnunet_ima.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One more panel of the progress picture: the label of its vertical axis, and its curves (log key to legend)."""
+
+    label: str
+    curves: Mapping[str, str]
+
+
+class AdversarialLogger(LocalLogger):
+    """nnU-Net's logger with further values an epoch, which also show in ``progress.png``."""
+
+    def __init__(self, panels: Sequence[Panel], verbose: bool = False) -> None:
+        super().__init__(verbose)
+        self.panels = panels
+        for panel in panels:
+            for key in panel.curves:
+                self.my_fantastic_logging[key] = []
+
+    def plot_progress_png(self, output_folder: str) -> None:
+        """Draw nnU-Net's picture, then add the panels below it."""
+        super().plot_progress_png(output_folder)
+        if not self.panels:
+            return
+        picture = Path(output_folder) / "progress.png"
+        stock = plt.imread(picture)
+        stacked = np.concatenate([stock[..., :3], self._draw_panels(width=stock.shape[1])])
+        with atomic_path(picture) as temporary:
+            plt.imsave(temporary, stacked, format="png")
+
+    def _draw_panels(self, width: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        """The panels as an image (height, width, 3) in [0, 1]."""
+        # nnU-Net draws 30 inches wide in fonts of 2.5 times the usual size; the same here.
+        dpi = width / 30
+        figure, all_axes = plt.subplots(
+            len(self.panels), 1, figsize=(30, 18 * len(self.panels)), dpi=dpi, squeeze=False
+        )
+        for panel, axes in zip(self.panels, all_axes[:, 0], strict=True):
+            for key, legend in panel.curves.items():
+                values = self.my_fantastic_logging[key]
+                axes.plot(range(len(values)), values, linewidth=4, label=legend)
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(panel.label)
+            axes.legend()
+        figure.tight_layout()
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())[:, :width, :3].astype(np.float32) / 255
+        plt.close(figure)
+        return pixels
+
+
+def draw_margins(histograms: Sequence[Sequence[int]], maximum: float, unit: str, file: Path) -> None:
+    """Draw ``margins.png``: how the margins spread over the epochs.
+
+    Args:
+        histograms: for each epoch, how many samples' margins lie in each of the equal bins of [0, maximum].
+        maximum: ε_train.
+        unit: of the margins, for the axis.
+        file: where to write the picture.
+    """
+    counts = np.array(histograms, dtype=float).T
+    share = counts / np.maximum(counts.sum(0, keepdims=True), 1)
+    centres = (np.arange(len(counts)) + 0.5) * maximum / len(counts)
+    with plt.style.context("default"):
+        figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
+        picture = axes.imshow(
+            100 * share,
+            origin="lower",
+            aspect="auto",
+            cmap="viridis",
+            vmin=0,
+            extent=(-0.5, counts.shape[1] - 0.5, 0, maximum),
+            interpolation="nearest",
+        )
+        axes.plot(range(counts.shape[1]), centres @ share, color="white", linewidth=2, label="mean")
+        axes.legend(loc="upper left", facecolor="black", labelcolor="white", framealpha=0.4)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(f"margin ({unit})")
+        axes.set_title("Margins of the training samples drawn so far")
+        figure.colorbar(picture, label="% of samples")
+        figure.tight_layout()
+        with atomic_path(file) as temporary:
+            figure.savefig(temporary, format="png")
+        plt.close(figure)

@@ -1,0 +1,346 @@
+"""What all adversarial trainings share: settings, sample identity, per-sample state, the step, and the log."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from nnunet_ima import __version__
+from nnunet_ima.dice import DiceCriterion
+from nnunet_ima.errors import UserError
+from nnunet_ima.files import atomic_path, write_text
+from nnunet_ima.labels import Labels
+from nnunet_ima.losses import Outputs, SegmentationLoss
+from nnunet_ima.margins import SampleId
+from nnunet_ima.settings import KEY, Configured, Plan, Settings, configure, validate
+from nnunet_ima.threat import ThreatModel, freeze_channels, image_range
+from nnunet_ima.tile_loader import TileDataLoader
+from nnunet_ima.tiles import count_tiles
+from nnunet_ima.training_log import AdversarialLogger, Panel
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method makes of one batch.
+
+    Attributes:
+        loss: scalar, to be minimised.
+        counts: named numbers that add up over steps and ranks; the method turns their sums into the epoch's log.
+    """
+
+    loss: Tensor
+    counts: Mapping[str, float]
+
+
+class nnUNetTrainerAdversarial(nnUNetTrainer):
+    """nnU-Net's trainer with another training step; a method overrides the abstract ones of the last section.
+
+    Planning, augmentation, network, schedule, loss, validation and checkpoints stay nnU-Net's. Not for use itself.
+    """
+
+    panels: ClassVar[Sequence[Panel]] = ()
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's own signature)
+    ) -> None:
+        with _exit_with_sentence():
+            self.overrides = _read_overrides(plans, configuration)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr"):
+            if self.overrides.get(name) is not None:
+                setattr(self, name, self.overrides[name])
+        self.save_every = self.overrides.get("save_every", Settings.save_every)
+        self.logger.local_logger = AdversarialLogger(self.panels)
+        # What is in force; put together in on_train_start, when the training cases are known.
+        self.configured: Configured
+        self.settings: Settings
+        self.criterion: DiceCriterion
+        self.sample_loss: SegmentationLoss
+        self._resumed_from: str | None = None
+        self._saved: Mapping[str, Any] | None = None
+
+    # ---- settings and state
+
+    @property
+    def labels(self) -> Labels:
+        """How nnU-Net's targets are to be read."""
+        return Labels(self.label_manager.has_regions, self.label_manager.ignore_label)
+
+    def on_train_start(self) -> None:
+        """Start as nnU-Net does, then put settings and state together and say what they are."""
+        with _exit_with_sentence():
+            if self._resumed_from is not None and self._saved is None:
+                raise UserError(
+                    f"{self._resumed_from} holds no {type(self).__name__} state (it was written by stock nnU-Net or an "
+                    f"older version), so the training cannot be continued with --c; start a new one from its weights "
+                    f"with -pretrained_weights {self._resumed_from}."
+                )
+            super().on_train_start()
+            self._configure()
+
+    def _configure(self) -> None:
+        shapes = self._training_shapes()
+        samples = sum(count_tiles(shape, self.configuration_manager.patch_size) for shape in shapes)
+        self.configured = configure(self.overrides, self._plan(), samples)
+        self.settings = self.configured.settings
+        self.criterion = DiceCriterion(self.settings.dice_threshold, self.settings.dice_reduction, self.labels)
+        # nnU-Net's loss with one value a sample, with its deep-supervision weights.
+        self.sample_loss = SegmentationLoss(self.labels, getattr(self.loss, "weight_factors", None))
+        self.start_method(samples)
+        if self._saved is not None:
+            self.load_method_state(self._saved["state"])
+        self.print_to_log_file(
+            f"\n{type(self).__name__}: {samples} training samples in {len(shapes)} cases; settings:\n"
+            f"{self.configured.describe()}\n",
+            add_timestamp=False,
+        )
+        if self.local_rank == 0:
+            write_text(Path(self.output_folder) / "nnunet_ima_settings.json", json.dumps(self._described(), indent=2))
+
+    def _plan(self) -> Plan:
+        return Plan(
+            dataset=self.plans_manager.dataset_name,
+            patch_size=tuple(self.configuration_manager.patch_size),
+            channels=len(self.dataset_json["channel_names"]),
+            num_epochs=self.num_epochs,
+            num_iterations_per_epoch=self.num_iterations_per_epoch,
+            batch_size=self.configuration_manager.batch_size,
+        )
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "trainer": type(self).__name__,
+            "nnunet_ima": __version__,
+            "settings": asdict(self.configured.settings),
+            "origins": dict(self.configured.origins),
+        }
+
+    # ---- data: which sample is a patch?
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders; the training one also says which tile of its case a patch shows."""
+        train, validation = super().get_dataloaders()
+        loader = _loader(train)
+        if type(loader) is not nnUNetDataLoader:
+            raise NotImplementedError(
+                f"{type(self).__name__} needs nnU-Net's own training loader to know where a patch was taken from, "
+                f"but found {type(loader).__name__}."
+            )
+        # Taking over the object that nnU-Net has set up, rather than building a second one, keeps whatever this or a
+        # later version of nnU-Net passes to it. Workers that already run hold the old class, so they start again.
+        loader.__class__ = TileDataLoader
+        if isinstance(train, NonDetMultiThreadedAugmenter):
+            train.restart()
+        return train, validation
+
+    def _training_shapes(self) -> list[tuple[int, ...]]:
+        dataset = _loader(self.dataloader_train)._data
+        return [tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers]
+
+    def samples_of(self, batch: Mapping[str, Any]) -> list[SampleId]:
+        """Identity of each sample of a batch: its case and the number of its tile."""
+        return [(str(case), int(tile)) for case, tile in zip(batch["keys"], batch["tiles"], strict=True)]
+
+    def patch_threat(self, images: Tensor, epsilon: Tensor) -> ThreatModel:
+        """Threat model of augmented patches (B, C, *spatial): radius (B,), range the patch's own in each channel.
+
+        The one-hot channels that a cascade appends are no image and stay as they are.
+        """
+        low, high = image_range(images)
+        threat = ThreatModel(self.settings.norm, epsilon, low, high)
+        return freeze_channels(threat, images, range(len(self.dataset_json["channel_names"]), images.shape[1]))
+
+    # ---- the step
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One step: the method's loss, then nnU-Net's backward pass, clipping and update."""
+        images = batch["data"].to(self.device, non_blocking=True)
+        with _exit_with_sentence():
+            _check_finite(images, batch["keys"])
+        target = batch["target"]
+        targets: Outputs = (
+            [t.to(self.device, non_blocking=True) for t in target]
+            if isinstance(target, list)
+            else target.to(self.device, non_blocking=True)
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        step = self.adversarial_step(images, targets, self.samples_of(batch))
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(step.loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            step.loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.optimizer.step()
+        return {"loss": step.loss.detach().cpu().numpy(), "counts": [dict(step.counts)]}
+
+    def forward(self, images: Tensor) -> Outputs:
+        """A training pass, in nnU-Net's precision: (B, C, *spatial) to logits, a list with deep supervision."""
+        with self.autocast():
+            outputs: Outputs = self.network(images)
+        return outputs
+
+    def nnunet_loss(self, outputs: Outputs, targets: Outputs) -> Tensor:
+        """nnU-Net's own training loss (a scalar, ``batch_dice`` as planned)."""
+        with self.autocast():
+            loss: Tensor = self.loss(outputs, targets)
+        return loss
+
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager[object]]:
+        """Mixed precision where nnU-Net uses it: on CUDA."""
+        if self.device.type == "cuda":
+            return lambda: torch.autocast("cuda", enabled=True)
+        return nullcontext
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network without the DDP wrapper: attack passes need no gradient synchronisation."""
+        network: nn.Module = self.network.module if self.is_ddp else self.network
+        return network
+
+    # ---- the log
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log as nnU-Net does, then the method's own values, over all ranks."""
+        counts = _sum_over_ranks(_sums([c for output in train_outputs for c in output.pop("counts")]), self.is_ddp)
+        super().on_train_epoch_end(train_outputs)
+        values = self.epoch_log(counts)
+        for key, value in values.items():
+            self.logger.log(key, value, self.current_epoch)
+        if values:
+            self.print_to_log_file(", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+
+    # ---- checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint, whole or not at all, with the method's settings and state inside ``init_args``."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        self.my_init_kwargs[KEY] = {**self._described(), "state": self.method_state()}
+        try:
+            with atomic_path(Path(filename)) as temporary:
+                super().save_checkpoint(str(temporary))
+        except (OSError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError of its zip writer.
+            raise SystemExit(
+                f"The checkpoint {filename} could not be written ({_one_line(error)}); an older one is kept: make room "
+                f"or the folder writable, then continue with --c."
+            ) from error
+        finally:
+            del self.my_init_kwargs[KEY]
+
+    def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+        """nnU-Net's, keeping the method's state for :meth:`on_train_start`."""
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise SystemExit(
+                f"The checkpoint {filename_or_checkpoint} is damaged or belongs to another network "
+                f"({_one_line(error)}); delete it to continue from an older one."
+            ) from error
+        self._resumed_from = str(filename_or_checkpoint)
+        saved = self.my_init_kwargs.pop(KEY, None)
+        self._saved = saved if isinstance(saved, Mapping) and "state" in saved else None
+        if self._saved is not None and self._saved.get("trainer") != type(self).__name__:
+            self._saved = None
+        if isinstance(self.logger.local_logger, AdversarialLogger):
+            for panel in self.panels:
+                for key in panel.curves:
+                    self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
+
+    # ---- what a method is
+
+    def start_method(self, samples: int) -> None:
+        """Called once the settings are known, before the first step; ``samples`` is the number of training samples."""
+
+    @abstractmethod
+    def adversarial_step(self, images: Tensor, targets: Outputs, samples: Sequence[SampleId]) -> Step:
+        """Loss of one batch: images (B, C, *spatial), nnU-Net's targets, and the identity of each sample."""
+        raise NotImplementedError(f"{type(self).__name__} is a base class; train with nnUNetTrainerIMA.")
+
+    def epoch_log(self, counts: Mapping[str, float]) -> Mapping[str, float]:  # noqa: ARG002 (for methods to use)
+        """Values to log for an epoch (every key of :attr:`panels`), from the sums of its steps' counts."""
+        return {}
+
+    def method_state(self) -> dict[str, Any]:
+        """State to keep in checkpoints: plain numbers, strings and tensors."""
+        return {}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`method_state` gave."""
+
+
+def _read_overrides(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    plans_manager = PlansManager(dict(plans))
+    if configuration not in plans_manager.available_configurations:
+        raise UserError(
+            f"The plans {plans.get('plans_name')} have no configuration {configuration!r}; "
+            f"they have {', '.join(plans_manager.available_configurations)}."
+        )
+    table = plans_manager.get_configuration(configuration).configuration.get(KEY, {})
+    return validate(table, f'"{KEY}" in configuration {configuration!r} of {plans.get("plans_name")}.json')
+
+
+@contextmanager
+def _exit_with_sentence() -> Iterator[None]:
+    """nnUNetv2_train would print a traceback; a user's mistake ends with its one sentence and exit status 1."""
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+
+
+def _loader(augmenter: Any) -> Any:
+    return augmenter.data_loader if isinstance(augmenter, SingleThreadedAugmenter) else augmenter.generator
+
+
+def _check_finite(images: Tensor, cases: Sequence[str]) -> None:
+    finite = torch.isfinite(images).flatten(1).all(1)
+    if not bool(finite.all()):
+        broken = sorted({str(case) for case, good in zip(cases, finite.tolist(), strict=True) if not good})
+        raise UserError(
+            f"The preprocessed images of {', '.join(broken)} hold NaN or infinite intensities; repair the scans and "
+            f"run nnUNetv2_plan_and_preprocess again."
+        )
+
+
+def _sums(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: float(np.sum([count[key] for count in counts])) for key in counts[0]} if counts else {}
+
+
+def _sum_over_ranks(sums: dict[str, float], is_ddp: bool) -> dict[str, float]:
+    if not is_ddp:
+        return sums
+    gathered: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, sums)
+    return _sums(gathered)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
