@@ -1,0 +1,76 @@
+"""Where nnU-Net keeps things, and which versions are at work."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from nnunet_ima.errors import UserError
+
+
+def nnunet_folder(variable: str) -> Path:
+    """The folder that an environment variable of nnU-Net names.
+
+    Raises:
+        UserError: it is not set, or there is no such folder.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        raise UserError(f"The environment variable {variable} is not set; export it as nnU-Net's set-up describes.")
+    if not Path(value).is_dir():
+        raise UserError(f"The environment variable {variable} names {value}, which is no folder; create or correct it.")
+    return Path(value)
+
+
+def trainers_folder() -> Path:
+    """The folder that nnU-Net finds our trainers in (for ``nnUNet_extTrainer``)."""
+    spec = importlib.util.find_spec("nnunet_ima.trainers")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("The trainers of nnunet_ima are not installed; install the package again.")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@contextlib.contextmanager
+def our_trainers_too() -> Iterator[None]:
+    """Let nnU-Net find our trainers beside those of ``nnUNet_extTrainer``, quietly, for the time of a look-up."""
+    before = os.environ.get("nnUNet_extTrainer")
+    os.environ["nnUNet_extTrainer"] = os.pathsep.join([*([before] if before else []), str(trainers_folder())])
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if before is None:
+            del os.environ["nnUNet_extTrainer"]
+        else:
+            os.environ["nnUNet_extTrainer"] = before
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    packages = ("nnunet_ima", "nnunetv2", "torch", "numpy", "monai", "batchgeneratorsv2")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to run on.
+
+    Raises:
+        UserError: it is not there.
+    """
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(name, False):
+        usable = ", ".join(device for device, there in available.items() if there)
+        raise UserError(f"The device {name!r} is not available on this machine; usable with -device are: {usable}.")
+    return torch.device(name)

@@ -1,0 +1,242 @@
+"""Load a trained nnU-Net model, of any trainer, without running code that a checkpoint brings along."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pydoc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.environment import nnunet_folder, our_trainers_too
+from nnunet_ima.labels import Labels
+
+Fold = int | str
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network and what nnU-Net needs to use it.
+
+    Attributes:
+        folder: the model folder, ``TRAINER__PLANS__CONFIGURATION``.
+        fold: a number or ``all``.
+        checkpoint: the file the weights come from.
+        sha256: of that file.
+        trainer: name of the trainer that wrote it.
+        network: in evaluation mode, deep supervision off; (B, C, *patch) to logits (B, K, *patch).
+        mirroring_axes: over which nnU-Net mirrors at inference, None for no mirroring.
+    """
+
+    folder: Path
+    fold: Fold
+    checkpoint: Path
+    sha256: str
+    trainer: str
+    network: nn.Module
+    plans: PlansManager
+    configuration_name: str
+    configuration: ConfigurationManager
+    dataset_json: dict[str, Any]
+    mirroring_axes: tuple[int, ...] | None
+
+    @property
+    def label_manager(self) -> LabelManager:
+        """nnU-Net's reading of the labels."""
+        return self.plans.get_label_manager(self.dataset_json)
+
+    @property
+    def labels(self) -> Labels:
+        """Ours."""
+        manager = self.label_manager
+        return Labels(manager.has_regions, manager.ignore_label)
+
+    @property
+    def foreground(self) -> list[int | tuple[int, ...]]:
+        """Foreground classes or regions, in the order of the network's foreground outputs."""
+        manager = self.label_manager
+        return list(manager.foreground_regions if manager.has_regions else manager.foreground_labels)
+
+    @property
+    def channels(self) -> int:
+        """Image channels, without the one-hot channels of a cascade."""
+        return len(self.dataset_json["channel_names"])
+
+    def describe(self) -> dict[str, Any]:
+        """For reports."""
+        return {
+            "dataset": self.plans.dataset_name,
+            "trainer": self.trainer,
+            "plans": self.plans.plans_name,
+            "configuration": self.configuration_name,
+            "fold": self.fold,
+            "checkpoint": self.checkpoint.name,
+            "sha256": self.sha256,
+        }
+
+
+def find_model_folder(dataset: str, configuration: str, trainer: str, plans: str) -> Path:
+    """The folder in which nnU-Net keeps a trained model.
+
+    Raises:
+        UserError: the dataset is unknown, or was not trained in that way.
+    """
+    results = nnunet_folder("nnUNet_results")
+    try:
+        name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+    except (RuntimeError, ValueError):
+        raise UserError(f"There is no dataset {dataset!r}; give its number or full name, as nnU-Net does.") from None
+    if not (results / name).is_dir():
+        raise UserError(f"No model was trained on {name}: {results} holds no folder of that name.")
+    folder = results / name / f"{trainer}__{plans}__{configuration}"
+    if not folder.is_dir():
+        trained = ", ".join(sorted(entry.name for entry in (results / name).iterdir() if "__" in entry.name)) or "none"
+        raise UserError(
+            f"{name} has no model of trainer {trainer}, plans {plans} and configuration {configuration}; "
+            f"trained are: {trained}."
+        )
+    return folder
+
+
+def load_model(folder: Path, fold: Fold, checkpoint_name: str, device: torch.device) -> TrainedModel:
+    """Load the network of one fold.
+
+    Raises:
+        UserError: the folder is no model folder, the fold or checkpoint is missing, damaged, or asks for unknown code.
+    """
+    if not folder.is_dir():
+        raise UserError(f"The model folder {folder} does not exist; give the folder TRAINER__PLANS__CONFIGURATION.")
+    plans_json, dataset_json = (read_json(folder / name) for name in ("plans.json", "dataset.json"))
+    file = _checkpoint_file(folder, fold, checkpoint_name)
+    checkpoint = safe_load(file)
+    with _sentences_for(file):
+        plans = PlansManager(plans_json)
+        configuration_name = str(checkpoint["init_args"]["configuration"])
+        configuration = plans.get_configuration(configuration_name)
+        trainer = str(checkpoint["trainer_name"])
+        network = _build_network(trainer, plans, configuration, dataset_json)
+        network.load_state_dict(checkpoint["network_weights"])
+    axes = checkpoint.get("inference_allowed_mirroring_axes")
+    return TrainedModel(
+        folder=folder,
+        fold=fold,
+        checkpoint=file,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        trainer=trainer,
+        network=network.to(device).eval(),
+        plans=plans,
+        configuration_name=configuration_name,
+        configuration=configuration,
+        dataset_json=dataset_json,
+        mirroring_axes=None if axes is None else tuple(int(axis) for axis in axes),
+    )
+
+
+def safe_load(file: Path) -> dict[str, Any]:
+    """Read a checkpoint's numbers, strings and tensors; nothing in it is executed.
+
+    Raises:
+        UserError: the file is damaged or holds objects that would have to be executed.
+    """
+    # nnU-Net logs its epoch values as numpy scalars.
+    scalars = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8"))]
+    try:
+        with torch.serialization.safe_globals(scalars):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UserError(
+                f"The checkpoint {file} holds more than numbers, and reading it would run code; get one written by "
+                f"nnU-Net."
+            ) from error
+        raise UserError(f"The checkpoint {file} is damaged; copy it again or train again.") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"The checkpoint {file} is damaged or cut off; copy it again or train again.") from error
+    if not isinstance(checkpoint, dict) or not {"network_weights", "trainer_name", "init_args"} <= checkpoint.keys():
+        raise UserError(f"The file {file} is no checkpoint of nnU-Net v2; give one of its checkpoint_*.pth.")
+    return checkpoint
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of nnU-Net.
+
+    Raises:
+        UserError: it is missing or no JSON table.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; the folder it should be in is not complete.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is no valid JSON ({error}); restore it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON table; restore it.")
+    return content
+
+
+def _checkpoint_file(folder: Path, fold: Fold, checkpoint_name: str) -> Path:
+    if not (folder / f"fold_{fold}").is_dir():
+        trained = ", ".join(sorted(entry.name[5:] for entry in folder.glob("fold_*"))) or "none"
+        raise UserError(f"{folder.name} has no fold {fold}; trained folds are: {trained}.")
+    file = folder / f"fold_{fold}" / checkpoint_name
+    if not file.is_file():
+        there = ", ".join(sorted(entry.name for entry in file.parent.glob("*.pth"))) or "none"
+        raise UserError(f"Fold {fold} of {folder.name} has no {checkpoint_name}; its checkpoints are: {there}.")
+    return file
+
+
+def _build_network(
+    trainer: str, plans: PlansManager, configuration: ConfigurationManager, dataset_json: Mapping[str, Any]
+) -> nn.Module:
+    try:
+        with our_trainers_too():
+            trainer_class = recursive_find_trainer_class_by_name(trainer)
+    except RuntimeError:
+        raise UserError(
+            f"The model was trained by {trainer}, which is not found; add its folder to the environment variable "
+            f"nnUNet_extTrainer."
+        ) from None
+    _refuse_foreign_code(configuration)
+    network: nn.Module = trainer_class.build_network_architecture(
+        plans,
+        configuration,
+        determine_num_input_channels(plans, configuration, dataset_json),
+        plans.get_label_manager(dataset_json).num_segmentation_heads,
+        enable_deep_supervision=False,
+    )
+    return network
+
+
+def _refuse_foreign_code(configuration: ConfigurationManager) -> None:
+    """plans.json names the classes the network is built from, and nnU-Net calls whatever is named there."""
+    arguments = configuration.network_arch_init_kwargs
+    names = [configuration.network_arch_class_name]
+    names += [arguments[key] for key in configuration.network_arch_init_kwargs_req_import if arguments[key]]
+    for name in names:
+        found = pydoc.locate(str(name))
+        if found is not None and not (isinstance(found, type) and issubclass(found, nn.Module)):
+            raise UserError(f"plans.json asks to build the network from {name}, which is no torch module; refused.")
+
+
+@contextmanager
+def _sentences_for(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"The network of {file} does not fit the plans.json beside it ({reason}).") from error
