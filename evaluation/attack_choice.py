@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 from nnunet_ima.attacks import ATTACKS, Attack
 from nnunet_ima.attacks.bpgd import BOUNDARY_SEARCHES
@@ -33,7 +34,7 @@ def parse_attack(text: str) -> AttackChoice:
         raise UserError(f"There is no attack {name!r}; there are {', '.join(ATTACKS)}.")
     attack = ATTACKS[name]
     defaults = {field.name: field.default for field in fields(attack) if field.name not in _SHARED}
-    settings: dict[str, object] = {}
+    settings: dict[str, Any] = {}
     for pair in filter(None, budget.split(",")):
         key, _, value = pair.partition("=")
         if key not in defaults:
@@ -42,7 +43,7 @@ def parse_attack(text: str) -> AttackChoice:
     return AttackChoice(name, text, partial(attack, **settings))
 
 
-def _read(attack: str, key: str, value: str, default: object) -> object:
+def _read(attack: str, key: str, value: str, default: Any) -> Any:
     if isinstance(default, str):
         if value in BOUNDARY_SEARCHES:
             return value

@@ -65,7 +65,8 @@ class CaseLevel:
 
     def _predict(self, case: Case, image: Tensor) -> Segmentation:
         model = self._model
-        unpadded = image[(slice(None), *case.unpad)]
+        inside = (slice(None), *case.unpad)
+        unpadded = image[inside]
         with contextlib.redirect_stdout(io.StringIO()):
             logits = self._predictor.predict_sliding_window_return_logits(unpadded)
             segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(

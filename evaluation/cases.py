@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Sample:
 
     case: str
     tile: int
-    place: Place
+    place: Place = field(compare=False)
 
 
 class ValidationCases:
@@ -93,17 +93,17 @@ class ValidationCases:
         for name in names:
             case = self.load(name)
             for number, place in enumerate(self._places(case)):
-                if self._holds_foreground(case.target[(slice(None), *place)]):
+                if self._holds_foreground(case.target[_with_channels(place)]):
                     yield Sample(name, number, place)
 
     def patch(self, volume: Tensor, place: Place) -> Tensor:
         """The tile at ``place`` of ``volume`` (C, Z, Y, X), as the network takes it: (C, *patch)."""
-        tile = volume[(slice(None), *place)]
+        tile = volume[_with_channels(place)]
         return tile[:, 0] if self.is_2d else tile
 
     def put_patch(self, volume: Tensor, place: Place, tile: Tensor) -> None:
         """Add ``tile`` (C, *patch) to ``volume`` (C, Z, Y, X) at ``place``, in place."""
-        volume[(slice(None), *place)] += tile[:, None] if self.is_2d else tile
+        volume[_with_channels(place)] += tile[:, None] if self.is_2d else tile
 
     @cached_property
     def is_2d(self) -> bool:
@@ -217,6 +217,10 @@ class ValidationCases:
         unknown = sorted(set(np.unique(segmentation).tolist()) - allowed)
         if unknown:
             raise UserError(f"Case {name} is labelled with {unknown[0]}, which is not in dataset.json; correct either.")
+
+
+def _with_channels(place: Place) -> Place:
+    return (slice(None), *place)
 
 
 def _read_splits(file: Path) -> list[dict[str, list[str]]]:

@@ -101,7 +101,7 @@ def find_model_folder(dataset: str, configuration: str, trainer: str, plans: str
         raise UserError(f"There is no dataset {dataset!r}; give its number or full name, as nnU-Net does.") from None
     if not (results / name).is_dir():
         raise UserError(f"No model was trained on {name}: {results} holds no folder of that name.")
-    folder = results / name / f"{trainer}__{plans}__{configuration}"
+    folder: Path = results / name / f"{trainer}__{plans}__{configuration}"
     if not folder.is_dir():
         trained = ", ".join(sorted(entry.name for entry in (results / name).iterdir() if "__" in entry.name)) or "none"
         raise UserError(
@@ -151,8 +151,11 @@ def safe_load(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged or holds objects that would have to be executed.
     """
-    # nnU-Net logs its epoch values as numpy scalars.
-    scalars = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8"))]
+    # nnU-Net logs its epoch values as numpy scalars, which numpy 1 and 2 name differently.
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")]
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    scalars: list[Any] = [np.dtype, *kinds, *((scalar, name) for name in names)]
     try:
         with torch.serialization.safe_globals(scalars):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)

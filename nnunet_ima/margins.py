@@ -107,7 +107,10 @@ class MarginTable:
         cases, tiles, margins, visits = (state.get(key) for key in ("cases", "tiles", "margins", "visits"))
         if (
             not isinstance(cases, list)
-            or not all(isinstance(column, Tensor) and len(column) == len(cases) for column in (tiles, margins, visits))
+            or not all(
+                isinstance(column, Tensor) and column.shape == (len(cases),) and bool(torch.isfinite(column).all())
+                for column in (tiles, margins, visits)
+            )
             or state.get("norm") not in NORMS
         ):
             raise UserError("the margins in the checkpoint are damaged; start from an earlier checkpoint.")

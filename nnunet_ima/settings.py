@@ -78,7 +78,10 @@ class _Number:
     def allows(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             return False
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number above all floats
+            return False
         above = number >= self.low if self.low_is_allowed else number > self.low
         below = number <= self.high if self.high_is_allowed else number < self.high
         return above and below and math.isfinite(number)

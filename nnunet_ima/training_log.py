@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 from nnunet_ima.files import atomic_path
@@ -42,7 +43,7 @@ class AdversarialLogger(LocalLogger):
         with atomic_path(picture) as temporary:
             plt.imsave(temporary, stacked, format="png")
 
-    def _draw_panels(self, width: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    def _draw_panels(self, width: int) -> npt.NDArray[np.float64]:
         """The panels as an image (height, width, 3) in [0, 1]."""
         # nnU-Net draws 30 inches wide in fonts of 2.5 times the usual size; the same here.
         dpi = width / 30
@@ -58,7 +59,7 @@ class AdversarialLogger(LocalLogger):
             axes.legend()
         figure.tight_layout()
         figure.canvas.draw()
-        pixels = np.asarray(figure.canvas.buffer_rgba())[:, :width, :3].astype(np.float32) / 255
+        pixels = np.asarray(figure.canvas.buffer_rgba())[:, :width, :3].astype(float) / 255
         plt.close(figure)
         return pixels
 

@@ -102,7 +102,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     def _configure(self) -> None:
         shapes = self._training_shapes()
         samples = sum(count_tiles(shape, self.configuration_manager.patch_size) for shape in shapes)
-        self.configured = configure(self.overrides, self._plan(), samples)
+        self.configured = configure(self.overrides, self.plan(), samples)
         self.settings = self.configured.settings
         self.criterion = DiceCriterion(self.settings.dice_threshold, self.settings.dice_reduction, self.labels)
         # nnU-Net's loss with one value a sample, with its deep-supervision weights.
@@ -118,7 +118,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         if self.local_rank == 0:
             write_text(Path(self.output_folder) / "nnunet_ima_settings.json", json.dumps(self._described(), indent=2))
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
+        """What self-configuration needs to know."""
         return Plan(
             dataset=self.plans_manager.dataset_name,
             patch_size=tuple(self.configuration_manager.patch_size),
@@ -187,13 +188,13 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         step = self.adversarial_step(images, targets, self.samples_of(batch))
         if self.grad_scaler is not None:
-            self.grad_scaler.scale(step.loss).backward()
+            torch.autograd.backward(self.grad_scaler.scale(step.loss))
             self.grad_scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), 12)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
-            step.loss.backward()
+            torch.autograd.backward(step.loss)
             nn.utils.clip_grad_norm_(self.network.parameters(), 12)
             self.optimizer.step()
         return {"loss": step.loss.detach().cpu().numpy(), "counts": [dict(step.counts)]}

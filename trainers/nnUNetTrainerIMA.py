@@ -15,6 +15,7 @@ from nnunet_ima.attacks.oracle import Oracle, undisturbed
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.lp import random_on_sphere
 from nnunet_ima.margins import MarginTable, SampleId
+from nnunet_ima.settings import expected_visits
 from nnunet_ima.threat import ThreatModel
 from nnunet_ima.trainers.nnUNetTrainerAdversarial import Step, nnUNetTrainerAdversarial
 from nnunet_ima.training_log import Panel, draw_margins
@@ -55,10 +56,7 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         self.histograms: list[list[int]] = []
         self.generator = torch.Generator(self.device)
         self.generator.seed()
-        self.print_to_log_file(f"IMA draws each sample about {self._expected_visits(samples):.1f} times.")
-
-    def _expected_visits(self, samples: int) -> float:
-        return self.num_epochs * self.num_iterations_per_epoch * self.configuration_manager.batch_size / max(samples, 1)
+        self.print_to_log_file(f"IMA draws each sample about {expected_visits(self.plan(), samples):.1f} times.")
 
     def adversarial_step(self, images: Tensor, targets: Outputs, samples: Sequence[SampleId]) -> Step:
         """Lines 2 to 17 of Algorithm 1 for a batch."""
@@ -163,8 +161,8 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         margins = self.margins.all_margins()
         has_margins = len(margins) > 0
         quantiles = torch.quantile(margins, torch.tensor(QUANTILES)).tolist() if has_margins else [0.0] * len(QUANTILES)
-        counted = torch.histc(margins, HISTOGRAM_BINS, 0, self.settings.epsilon or 1.0) if has_margins else []
-        self.histograms.append([int(count) for count in counted] or [0] * HISTOGRAM_BINS)
+        counted = torch.histc(margins, HISTOGRAM_BINS, 0, self.settings.epsilon or 1.0)
+        self.histograms.append([int(count) for count in counted])
         return {
             "clean_losses": counts["clean_loss"] / counts["steps"],
             "perturbed_losses": counts["perturbed_loss"] / counts["steps"],

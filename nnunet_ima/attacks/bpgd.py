@@ -66,7 +66,8 @@ def generate_adversarial(
         boundary_search: between which points to bisect.
     """
     ended = start.clone()
-    correct_side, wrong_side = images.clone(), start.clone()
+    # Under the paper's protocol a clean image lies outside the range: its side of the boundary is the clamped one.
+    correct_side, wrong_side = threat.project(images, images), start.clone()
     crossed = torch.zeros(len(index), dtype=torch.bool, device=images.device)
     point, active = start, torch.arange(len(index), device=images.device)
     for step in range(steps + 1):

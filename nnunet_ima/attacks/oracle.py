@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ima.dice import DiceCriterion
+from nnunet_ima.errors import UserError
 from nnunet_ima.losses import Outputs, first
 
 LossFunction = Callable[[Outputs, Outputs], Tensor]
@@ -83,7 +84,11 @@ class Oracle:
         return self._record(images, index, _cat(parts, images))
 
     def ascent(self, images: Tensor, index: Tensor) -> Ascent:
-        """Loss, gradient and Dice at ``images`` (n, C, *spatial) for the samples ``index`` (n,)."""
+        """Loss, gradient and Dice at ``images`` (n, C, *spatial) for the samples ``index`` (n,).
+
+        Raises:
+            UserError: the gradient is NaN or infinite, in single precision too.
+        """
         parts = [self._ascent_of(*part) for part in self._parts(images, index)]
         dice = self._record(images, index, _cat([p.dice for p in parts], images))
         self.backward_passes.index_add_(0, index.cpu(), torch.ones(len(index), dtype=torch.long))
@@ -102,7 +107,7 @@ class Oracle:
         for start in range(0, len(index), size):
             part = index[start : start + size]
             missing = (size - len(part)) if self._chunk else 0
-            targets = _map(self._targets, lambda t, part=part, missing=missing: _fill(t[part], missing))
+            targets = _take(self._targets, part, missing)
             yield _fill(images[start : start + size], missing), targets, len(part)
 
     def _dice_of(self, images: Tensor, targets: Outputs, real: int) -> Tensor:
@@ -112,9 +117,12 @@ class Oracle:
 
     def _ascent_of(self, images: Tensor, targets: Outputs, real: int) -> Ascent:
         loss, gradient, dice = self._differentiate(images, targets, self._autocast)
-        if not bool(torch.isfinite(gradient).all()):
+        if not bool(torch.isfinite(gradient[:real]).all()):
             # Half precision overflowed: this part once more in the images' own precision.
             loss, gradient, dice = self._differentiate(images, targets, nullcontext)
+        if not bool(torch.isfinite(gradient[:real]).all()):
+            # A step along it would end at an image of NaN, whose Dice of 0 looks like a success.
+            raise UserError("the network cannot be attacked: its loss has a gradient that is NaN or infinite.")
         return Ascent(loss[:real], gradient[:real], dice[:real])
 
     def _differentiate(
@@ -153,8 +161,10 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _map(values: Outputs, function: Callable[[Tensor], Tensor]) -> Outputs:
-    return function(values) if isinstance(values, Tensor) else [function(v) for v in values]
+def _take(values: Outputs, index: Tensor, missing: int) -> Outputs:
+    if isinstance(values, Tensor):
+        return _fill(values[index], missing)
+    return [_fill(value[index], missing) for value in values]
 
 
 def _fill(values: Tensor, missing: int) -> Tensor:

@@ -1,0 +1,40 @@
+# Two commands for everyone: `make demo` and `make test`. Both set up their own .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test lint types fast slow clean
+
+$(VENV)/.ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	@echo "Installing nnU-Net, PyTorch and this project into $(VENV) (some gigabytes, a few minutes)"
+	$(BIN)/pip install --quiet --editable '.[test,lint]' --constraint constraints.txt
+	touch $@
+
+# make demo [DATA=<task folder of the Decathlon>] [DEMO=<where to work>]
+demo: $(VENV)/.ready
+	$(BIN)/nnunet_ima demo --output $(DEMO) $(if $(DATA),--data $(DATA))
+
+test: lint types fast
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# trainers/ and evaluation/ are mapped into the package at installation; mypy needs to see them in place.
+types: $(VENV)/.ready
+	rm -rf build/types && mkdir -p build/types/nnunet_ima
+	ln -s $(CURDIR)/nnunet_ima/* $(CURDIR)/trainers $(CURDIR)/evaluation build/types/nnunet_ima/
+	MYPYPATH=build/types $(BIN)/mypy -p nnunet_ima
+	MYPYPATH=build/types $(BIN)/mypy benchmarks
+
+fast: $(VENV)/.ready
+	$(BIN)/pytest
+
+slow: $(VENV)/.ready
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf $(VENV) build *.egg-info

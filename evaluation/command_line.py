@@ -1,0 +1,142 @@
+"""The command ``nnunet_ima``."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from nnunet_ima import __version__
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.environment import trainers_folder
+from nnunet_ima.lp import NORMS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; a user's mistake ends with one sentence on standard error and status 2."""
+    options = _parser().parse_args(arguments)
+    # MONAI and torch warn of their own future changes, which no user of this command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        return int(options.run(options))
+    except UserError as error:
+        print(f"nnunet_ima: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("nnunet_ima: stopped.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"nnunet_ima: {_sentence(error)}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nnunet_ima", description="Robust training and honest attack for nnU-Net.")
+    parser.add_argument("--version", action="version", version=f"nnunet_ima {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    trainers = commands.add_parser("trainers", help="print the folder to export as nnUNet_extTrainer")
+    trainers.set_defaults(run=_trainers)
+
+    _add_evaluate(commands.add_parser("evaluate", help="attack a trained model on its validation cases"))
+
+    demo = commands.add_parser("demo", help="train a stock and a hardened model, attack both, write a page about it")
+    demo.add_argument("-o", "--output", type=Path, default=Path("demo"), help="where to work; default: ./demo")
+    demo.add_argument("--data", type=Path, help="a task folder of the Decathlon; default: a phantom made here")
+    demo.add_argument("-device", default="cpu", help="cpu (default), cuda or mps")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", "--dataset", help="number or name of the dataset, as for nnUNetv2_train")
+    parser.add_argument("-c", "--configuration", help="such as 2d or 3d_fullres")
+    parser.add_argument("-f", "--fold", default="0", help="fold whose validation cases are attacked, or all; default 0")
+    parser.add_argument("-tr", "--trainer", default="nnUNetTrainer", help="default nnUNetTrainer")
+    parser.add_argument("-p", "--plans", default="nnUNetPlans", help="default nnUNetPlans")
+    parser.add_argument("-chk", "--checkpoint", default="checkpoint_final.pth", help="default checkpoint_final.pth")
+    parser.add_argument("-m", "--model", type=Path, help="a model folder, instead of -d -c -tr -p")
+    parser.add_argument("--protocol", default="sound", choices=("sound", "paper"), help="default sound")
+    parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
+    parser.add_argument("--levels", nargs="+", help="default 5 15 25 for l2, 2/255 4/255 8/255 for linf")
+    parser.add_argument(
+        "--attacks", nargs="+", default=["white-noise", "apgd"],
+        help="names, with their budget if wanted: white-noise pgd:steps=100,restarts=5 bpgd apgd; "
+        "default: white-noise apgd",
+    )  # fmt: skip
+    parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
+    parser.add_argument("--batch-size", type=_positive, default=64, help="samples at once; changes no number")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--no-cases", action="store_true", help="skip the case level")
+    parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    parser.add_argument("-o", "--output", type=Path, help="default: inside the fold's folder")
+    parser.set_defaults(run=_evaluate)
+
+
+def _trainers(_: argparse.Namespace) -> int:
+    print(trainers_folder())
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    # Imported here: nnU-Net and MONAI take seconds, and the other commands do not need them.
+    from nnunet_ima.evaluation.evaluate import Request, evaluate
+
+    folder = evaluate(
+        Request(
+            dataset=options.dataset,
+            configuration=options.configuration,
+            fold=options.fold,
+            trainer=options.trainer,
+            plans=options.plans,
+            checkpoint=options.checkpoint,
+            model=options.model,
+            protocol=options.protocol,
+            norm=options.norm,
+            levels=options.levels,
+            attacks=options.attacks,
+            max_samples=options.max_samples,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            case_level=not options.no_cases,
+            device=options.device,
+            output=options.output,
+            command=shlex.join(["nnunet_ima", *sys.argv[1:]]),
+        )
+    )
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"Written to {folder}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.demo import run_demo
+
+    page = run_demo(options.output, options.data, options.device)
+    print(f"Open {page}")
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _sentence(error: OSError) -> str:
+    where = f" {error.filename}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"The disk is full, so{where or ' a file'} could not be written; make room and start again."
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"There is no permission to use{where or ' a file'}; choose another folder or change its permissions."
+    return f"{error.strerror or error}{where}; check the path."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Write what an evaluation found: summary.json, samples.csv, cases.csv and table.md."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_ima.evaluation.environment import versions
+from nnunet_ima.evaluation.metrics import (
+    SURFACE_TOLERANCE_MM,
+    Region,
+    adi,
+    mean_case_dice,
+    mean_hd95,
+    mean_surface_dice,
+    nan_mean,
+    tvdi,
+)
+from nnunet_ima.evaluation.run import CLAMP, CLEAN, Evaluation, Outcome
+from nnunet_ima.evaluation.trust import check
+from nnunet_ima.files import write_text
+
+SCHEMA = "nnunet_ima/evaluation/1"
+
+
+def summarise(evaluation: Evaluation, outcomes: Sequence[Outcome], command: str) -> dict[str, Any]:
+    """The content of summary.json; figures are shares in [0, 1], distances in mm, None where undefined."""
+    by_name = {outcome.attack: outcome for outcome in outcomes if outcome.level is None}
+    attacked = [outcome for outcome in outcomes if outcome.level is not None]
+    protocol = evaluation.protocol
+    summary: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": evaluation.model.describe(),
+        "protocol": {
+            "name": protocol.name,
+            "norm": protocol.norm,
+            "range": protocol.range,
+            "unit": protocol.unit,
+        },
+        "criterion": {
+            "dice_threshold": evaluation.criterion.threshold,
+            "dice_reduction": evaluation.criterion.reduction,
+        },
+        "classes": [_name_of(region, evaluation.model.dataset_json) for region in evaluation.model.foreground],
+        "seed": evaluation.seed,
+        "max_samples": evaluation.max_samples,
+        "trained_on_these_cases": evaluation.model.fold == "all",
+        "device": str(evaluation.device),
+        "command": command,
+        "versions": versions(),
+        "clean": _figures(by_name[CLEAN], evaluation),
+    }
+    if CLAMP in by_name:
+        summary["clamp_only"] = _figures(by_name[CLAMP], evaluation)
+    summary["results"] = [_result(outcome, evaluation) for outcome in attacked]
+    summary["trust"] = check(by_name.get(CLAMP, by_name[CLEAN]), attacked)
+    return _plain(summary)  # type: ignore[no-any-return]
+
+
+def write_all(folder: Path, evaluation: Evaluation, outcomes: Sequence[Outcome], summary: Mapping[str, Any]) -> None:
+    """Write all tables; summary.json comes last, so that it stands for a complete set."""
+    regions = [_key(region) for region in evaluation.model.foreground]
+    write_text(folder / "samples.csv", _samples_csv(outcomes, regions))
+    write_text(folder / "cases.csv", _cases_csv(outcomes, regions))
+    write_text(folder / "table.md", markdown_table(summary))
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def markdown_table(summary: Mapping[str, Any]) -> str:
+    """The figures as a table for people, with what they mean above it."""
+    model, protocol = summary["model"], summary["protocol"]
+    lines = [
+        f"# {model['trainer']} on {model['dataset']}, {model['configuration']}, fold {model['fold']}",
+        "",
+        f"Protocol `{protocol['name']}`, norm {_norm_name(protocol['norm'])}; level in {protocol['unit']}; "
+        f"a perturbed image stays in {protocol['range']}.",
+        f"{summary['clean']['n_samples']} samples (slices or tiles with foreground), "
+        f"{summary['clean']['n_cases']} whole cases, seed {summary['seed']}. Dice in %. Correct: Dice above "
+        f"{100 * summary['criterion']['dice_threshold']:g} %.",
+        "",
+        "| attack | level | TVDI | ADI | correct samples | case Dice | HD95 (mm) | surface Dice |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        _row("none (clean)", "0", summary["clean"]),
+    ]
+    if "clamp_only" in summary:
+        lines.append(_row("none, clamped to [0, 1]", "0", summary["clamp_only"]))
+    lines += [_row(result["attack"], result["level"], result) for result in summary["results"]]
+    averages = average_tvdi(summary)
+    if averages:
+        lines += ["", "Mean TVDI over clean and all levels (Table 3's Avg):", ""]
+        lines += [f"- {attack}: {_percent(value)}" for attack, value in averages.items()]
+    lines += ["", "Checks:", ""]
+    lines += [f"- {'passed' if item['passed'] else 'FAILED'}: {item['sentence']}" for item in summary["trust"]]
+    if summary["trained_on_these_cases"]:
+        lines += ["", "Fold `all`: the model was trained on these very cases; the figures say nothing about new ones."]
+    return "\n".join(lines) + "\n"
+
+
+def average_tvdi(summary: Mapping[str, Any]) -> dict[str, float]:
+    """For each attack the mean TVDI over clean and all its levels, as the column Avg of Table 3."""
+    values: dict[str, list[float]] = {}
+    for result in summary["results"]:
+        values.setdefault(result["attack"], [_number(summary["clean"]["tvdi"])]).append(_number(result["tvdi"]))
+    return {attack: nan_mean(mine) for attack, mine in values.items()}
+
+
+def _figures(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
+    dice = np.array([score.dice for score in outcome.samples])
+    scores = list(outcome.cases.values())
+    return {
+        "tvdi": tvdi(np.array([score.counts for score in outcome.samples])) if len(dice) else None,
+        "adi": adi(dice),
+        "robust_share": float((dice > evaluation.criterion.threshold).mean()) if len(dice) else None,
+        "case_dice": mean_case_dice(scores),
+        "hd95": mean_hd95(scores),
+        "surface_dice": mean_surface_dice(scores),
+        "n_samples": len(dice),
+        "n_cases": len(scores),
+    }
+
+
+def _result(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
+    assert outcome.level is not None
+    return {
+        "attack": outcome.attack,
+        "level": outcome.level.text,
+        "epsilon": outcome.level.value,
+        "epsilon_z_scores": nan_mean([score.epsilon for score in outcome.samples]),
+        **_figures(outcome, evaluation),
+        "forward_passes_per_sample": nan_mean([float(score.passes) for score in outcome.samples]),
+    }
+
+
+def _samples_csv(outcomes: Sequence[Outcome], regions: Sequence[str]) -> str:
+    counts = [f"{kind}_{region}" for region in regions for kind in ("tp", "fp", "fn")]
+    header = ["attack", "level", "case", "tile", "dice", "clean_dice", "epsilon", "norm", "forward_passes", *counts]
+    rows = [
+        [outcome.attack, outcome.level.text if outcome.level else "0", score.sample.case, score.sample.tile,
+         f"{score.dice:.6f}", f"{score.clean_dice:.6f}", f"{score.epsilon:.6g}", f"{score.norm:.6g}", score.passes,
+         *(int(count) for count in score.counts.flatten())]
+        for outcome in outcomes
+        for score in outcome.samples
+    ]  # fmt: skip
+    return _csv(header, rows)
+
+
+def _cases_csv(outcomes: Sequence[Outcome], regions: Sequence[str]) -> str:
+    kinds = ("dice", "hd95_mm", f"surface_dice_{SURFACE_TOLERANCE_MM:g}mm")
+    header = ["attack", "level", "case", *(f"{kind}_{region}" for kind in kinds for region in regions)]
+    rows = [
+        [outcome.attack, outcome.level.text if outcome.level else "0", name,
+         *("" if math.isnan(value) else f"{value:.6f}" for value in (*score.dice, *score.hd95, *score.surface_dice))]
+        for outcome in outcomes
+        for name, score in sorted(outcome.cases.items())
+    ]  # fmt: skip
+    return _csv(header, rows)
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _row(attack: str, level: str, figures: Mapping[str, Any]) -> str:
+    shares = [_percent(figures[key]) for key in ("tvdi", "adi", "robust_share", "case_dice")]
+    distance = "–" if figures["hd95"] is None else f"{figures['hd95']:.1f}"
+    return f"| {attack} | {level} | {' | '.join(shares)} | {distance} | {_percent(figures['surface_dice'])} |"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _norm_name(norm: str) -> str:
+    return {"l2": "L2", "linf": "Linf"}[norm]
+
+
+def _key(region: Region) -> str:
+    return "+".join(str(label) for label in region) if isinstance(region, tuple) else str(region)
+
+
+def _name_of(region: Region, dataset_json: Mapping[str, Any]) -> str:
+    """The name that dataset.json gives a class or region."""
+    for name, label in dataset_json["labels"].items():
+        if (tuple(label) if isinstance(label, list) else label) == region:
+            return str(name)
+    return _key(region)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: undefined becomes None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,657 @@
+"""Facts about all attacks, and what is particular to each."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_oracle import CountingNetwork, counting, state_of, stateful_network
+from tiny_networks import KINDS, Problem, make_problem, seeded
+from torch import Tensor, nn
+
+from nnunet_ima.attacks import APGD, ATTACKS, BPGD, PGD, Attack, AttackResult, WhiteNoise
+from nnunet_ima.attacks.apgd import checkpoints
+from nnunet_ima.attacks.bpgd import BOUNDARY_SEARCHES, Boundary, bisect, generate_adversarial
+from nnunet_ima.attacks.oracle import Oracle
+from nnunet_ima.dice import DiceCriterion
+from nnunet_ima.losses import SegmentationLoss
+from nnunet_ima.lp import NORMS
+from nnunet_ima.threat import ThreatModel, image_range
+
+SMALL_BUDGET: dict[str, Callable[..., Attack]] = {
+    "white-noise": lambda *a, **k: WhiteNoise(*a, draws=4, **k),
+    "pgd": lambda *a, **k: PGD(*a, steps=4, restarts=2, step_size=0.3, **k),
+    "bpgd": lambda *a, **k: BPGD(*a, steps=5, bisections=4, **k),
+    "bpgd-origin": lambda *a, **k: BPGD(*a, steps=5, bisections=4, boundary_search="origin", **k),
+    "apgd": lambda *a, **k: APGD(*a, steps=6, restarts=2, **k),
+}
+EPSILONS = (0.0, 0.5, 1000.0)
+RANGES = ("none", "own", "zero to one")
+
+every_attack = pytest.mark.parametrize("attack_name", SMALL_BUDGET)
+every_norm = pytest.mark.parametrize("norm", NORMS)
+kinds = st.sampled_from(sorted(KINDS))
+seeds = st.integers(0, 200)
+norms = st.sampled_from(NORMS)
+few = settings(max_examples=10)
+
+
+def test_every_attack_is_tested_here():
+    assert set(ATTACKS) <= set(SMALL_BUDGET)
+
+
+def threat_for(images: Tensor, norm: str, epsilon: float | Tensor, kind: str = "own") -> ThreatModel:
+    """``zero to one`` is the paper's protocol, in which images lie outside the range."""
+    low, high = {"none": (-math.inf, math.inf), "own": image_range(images), "zero to one": (0.0, 1.0)}[kind]
+    return ThreatModel(norm, epsilon, low, high)
+
+
+def dice_of(problem: Problem, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return problem.criterion.dice(problem.network(images), problem.targets)
+
+
+@every_attack
+@every_norm
+@few
+@given(kinds, seeds, st.sampled_from(EPSILONS), st.sampled_from(RANGES))
+def test_no_attack_leaves_the_threat_model_or_does_worse_than_nothing(
+    attack_name, norm, kind, seed, epsilon, range_kind
+):
+    problem = make_problem(kind, seed)
+    threat = threat_for(problem.images, norm, epsilon, range_kind)
+    attack = SMALL_BUDGET[attack_name](threat, problem.criterion, seed=seed)
+    result = attack(problem.network, problem.images, problem.targets)
+    assert threat.contains(result.images, problem.images, tolerance=1e-5).all()
+    low, high = threat.bounds(problem.images)
+    assert ((result.images >= low) & (result.images <= high)).all()
+    assert torch.equal(result.dice, dice_of(problem, result.images))
+    clean = problem.images.maximum(low).minimum(high)
+    assert torch.equal(result.clean_dice, dice_of(problem, clean))
+    assert (result.dice <= result.clean_dice).all()
+    # What did not help is not done.
+    unharmed = result.dice == result.clean_dice
+    assert torch.equal(result.images[unharmed], clean[unharmed])
+    if epsilon == 0:
+        assert torch.equal(result.images, clean)
+
+
+class Watched(nn.Module):
+    """Keeps every image the network is asked about."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.seen: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(images.detach().clone())
+        return self.network(images)
+
+
+@every_attack
+@every_norm
+@few
+@given(seeds, st.sampled_from(RANGES))
+def test_no_attack_so_much_as_tries_a_point_outside_the_threat_model(attack_name, norm, seed, range_kind):
+    problem = make_problem("2d classes", seed, samples=1)
+    threat = threat_for(problem.images, norm, 1.0, range_kind)
+    network = Watched(problem.network)
+    SMALL_BUDGET[attack_name](threat, problem.criterion)(network, problem.images, problem.targets)
+    for point in network.seen:
+        assert threat.contains(point, problem.images, tolerance=1e-5).all()
+
+
+@every_attack
+@few
+@given(kinds, seeds, norms)
+def test_frozen_channels_are_not_touched(attack_name, kind, seed, norm):
+    problem = make_problem(kind, seed)
+    low, high = (bound.clone() for bound in image_range(problem.images))
+    frozen = problem.images.clone()
+    frozen[:, 1] = 0.5
+    low[:, 1] = high[:, 1] = 0.5
+    threat = ThreatModel(norm, 1.0, low, high)
+    result = SMALL_BUDGET[attack_name](threat, problem.criterion)(problem.network, frozen, problem.targets)
+    assert torch.equal(result.images[:, 1], frozen[:, 1])
+
+
+@every_attack
+@few
+@given(kinds, seeds, norms, st.integers(1, 3))
+def test_results_do_not_depend_on_the_batch(attack_name, kind, seed, norm, chunk):
+    problem = make_problem(kind, seed, samples=4)
+    epsilon = torch.tensor([0.3, 2.0, 0.0, 1.0])
+    threat = threat_for(problem.images, norm, epsilon)
+    attack = SMALL_BUDGET[attack_name](threat, problem.criterion, seed=seed, chunk=chunk)
+    together = attack(problem.network, problem.images, problem.targets)
+    for chosen in ([0, 1], [3, 2], [1]):
+        index = torch.tensor(chosen)
+        part = replace(attack, threat=threat.select(index))
+        alone = part(problem.network, problem.images[index], problem.targets[index])
+        for one, many in zip(vars(alone).values(), vars(together).values(), strict=True):
+            assert torch.equal(one, many[index])
+
+
+@every_attack
+@few
+@given(kinds, seeds, norms)
+def test_the_same_seed_gives_the_same_result(attack_name, kind, seed, norm):
+    problem = make_problem(kind, seed)
+    attack = SMALL_BUDGET[attack_name](threat_for(problem.images, norm, 1.0), problem.criterion, seed=seed)
+    first, second = (attack(problem.network, problem.images, problem.targets) for _ in range(2))
+    for one, other in zip(vars(first).values(), vars(second).values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("attack_name", ["white-noise", "pgd", "apgd"])
+def test_another_seed_tries_other_points(attack_name):
+    problem = make_problem("2d classes", 2, samples=1)
+
+    def tried(seed: int) -> list[Tensor]:
+        network = Watched(problem.network)
+        attack = SMALL_BUDGET[attack_name](ThreatModel("l2", 0.3), problem.criterion, seed=seed)
+        attack(network, problem.images, problem.targets)
+        return network.seen
+
+    assert not torch.equal(tried(0)[-1], tried(1)[-1])
+
+
+@every_attack
+@few
+@given(kinds, seeds, norms, st.sampled_from([None, 2]))
+def test_passes_are_counted_for_each_sample(attack_name, kind, seed, norm, chunk):
+    problem = make_problem(kind, seed)
+    network, images = counting(problem)
+    threat = threat_for(images, norm, 1.0)
+    result = SMALL_BUDGET[attack_name](threat, problem.criterion, chunk=chunk)(network, images, problem.targets)
+    assert torch.equal(result.forward_passes, network.forward_runs)
+    assert torch.equal(result.backward_passes, network.backward_runs)
+
+
+class Breaking(nn.Module):
+    def __init__(self, network: nn.Module, after: int) -> None:
+        super().__init__()
+        self.network, self.left = network, after
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("something broke")
+        return self.network(images)
+
+
+@every_attack
+@pytest.mark.parametrize("breaks", [False, True])
+def test_network_and_global_random_state_are_left_as_they_were(attack_name, breaks):
+    problem = make_problem("2d classes", 5)
+    network = stateful_network(5)
+    before = state_of(network)
+    attack = SMALL_BUDGET[attack_name](threat_for(problem.images, "l2", 1.0), DiceCriterion(threshold=0.0))
+    if breaks:
+        with pytest.raises(RuntimeError, match="something broke"):
+            attack(Breaking(network, 2), problem.images, problem.targets)
+    else:
+        attack(network, problem.images, problem.targets)
+    assert state_of(network) == before
+
+
+@every_attack
+def test_the_input_is_left_as_it_was(attack_name):
+    problem = make_problem("2d classes", 5)
+    images, targets = problem.images.clone(), problem.targets.clone()
+    result = SMALL_BUDGET[attack_name](ThreatModel("l2", 1.0), problem.criterion)(problem.network, images, targets)
+    assert torch.equal(images, problem.images)
+    assert torch.equal(targets, problem.targets)
+    result.images.zero_()
+    assert torch.equal(images, problem.images)
+
+
+@every_attack
+def test_the_attack_sees_the_network_in_evaluation_mode(attack_name):
+    """With dropout on, a Dice could not be found again at the image that is returned."""
+    problem = make_problem("2d classes", 5)
+    problem.network.train()
+    attack = SMALL_BUDGET[attack_name](threat_for(problem.images, "linf", 0.3), problem.criterion)
+    result = attack(problem.network, problem.images, problem.targets)
+    problem.network.eval()
+    assert torch.equal(result.dice, dice_of(problem, result.images))
+
+
+@every_attack
+@few
+@given(st.sampled_from([kind for kind in sorted(KINDS) if "ignore" in kind]), seeds, norms)
+def test_a_sample_of_ignored_voxels_alone_is_left_in_peace(attack_name, kind, seed, norm):
+    problem = make_problem(kind, seed)
+    targets = problem.targets.clone()
+    targets[1, -1:] = 1 if problem.criterion.labels.regions else problem.criterion.labels.ignore_label
+    attack = SMALL_BUDGET[attack_name](threat_for(problem.images, norm, 1.0), problem.criterion)
+    result = attack(problem.network, problem.images, targets)
+    assert result.dice[1] == 1
+    assert torch.equal(result.images[1], problem.images[1])
+
+
+@every_attack
+def test_what_cannot_be_attacked_is_refused_with_a_sentence(attack_name):
+    attack = SMALL_BUDGET[attack_name](ThreatModel("l2", 1.0))
+    network, targets = make_problem("2d classes", 0).network, torch.zeros(2, 1, 8, 8)
+    images = torch.zeros(2, 2, 8, 8)
+    with pytest.raises(ValueError, match=r"images have shape \(2, 8, 8\)"):
+        attack(network, images[0], targets)
+    with pytest.raises(ValueError, match=r"targets have shape \(2, 1, 4, 8\)"):
+        attack(network, images, targets[:, :, :4])
+    with pytest.raises(ValueError, match=r"targets have shape \(1, 1, 8, 8\)"):
+        attack(network, images, targets[:1])
+    for bad in (math.nan, math.inf):
+        images[1, 1, 3, 3] = bad
+        with pytest.raises(ValueError, match="NaN or infinite intensities"):
+            attack(network, images, targets)
+
+
+def results(problem: Problem, *attacks: Attack) -> list[AttackResult]:
+    return [attack(problem.network, problem.images, problem.targets) for attack in attacks]
+
+
+@few
+@given(kinds, seeds, norms, st.sampled_from(RANGES))
+def test_more_budget_is_never_weaker(kind, seed, norm, range_kind):
+    problem = make_problem(kind, seed)
+    threat = threat_for(problem.images, norm, 0.5, range_kind)
+    options = {"threat": threat, "criterion": problem.criterion, "seed": seed}
+    growing: list[list[Attack]] = [
+        [PGD(steps=steps, **options) for steps in (0, 1, 3, 6)],
+        [PGD(steps=3, restarts=restarts, **options) for restarts in (1, 2, 4)],
+        [APGD(steps=5, restarts=restarts, **options) for restarts in (1, 2, 4)],
+        [WhiteNoise(draws=draws, **options) for draws in (0, 1, 4, 8)],
+    ]
+    for attacks in growing:
+        dice = [result.dice for result in results(problem, *attacks)]
+        for weaker, stronger in zip(dice, dice[1:], strict=False):
+            assert (stronger <= weaker).all()
+
+
+def test_attacks_are_stronger_than_noise_and_a_huge_epsilon_leaves_nothing():
+    """Not for all inputs, but on the whole; otherwise an attack that does nothing would pass the tests above."""
+    total = dict.fromkeys(("clean", "noise", "pgd", "apgd", "huge"), 0.0)
+    for seed in range(6):
+        problem = make_problem("2d classes", seed, wrong=0.05)
+        threat = ThreatModel("l2", 1.0)
+        noise, pgd, apgd, huge = results(
+            problem,
+            WhiteNoise(threat, draws=20),
+            PGD(threat, steps=20),
+            APGD(threat, steps=20),
+            PGD(threat.with_epsilon(50.0), steps=20),
+        )
+        total["clean"] += float(noise.clean_dice.mean()) / 6
+        for name, result in {"noise": noise, "pgd": pgd, "apgd": apgd, "huge": huge}.items():
+            total[name] += float(result.dice.mean()) / 6
+    assert total["clean"] > total["noise"] > total["pgd"] + 0.1
+    assert abs(total["pgd"] - total["apgd"]) < 0.1
+    assert total["huge"] < 0.3 * total["clean"]
+
+
+def test_a_sample_whose_dice_is_zero_costs_no_further_pass():
+    problem = make_problem("2d classes", 0)
+    targets = torch.ones_like(problem.targets)
+
+    class Background(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.cat([images[:, :1] * 0 + 1, images[:, :1] * 0], 1)
+
+    for make in SMALL_BUDGET.values():
+        result = make(ThreatModel("l2", 1.0))(Background(), problem.images, targets)
+        assert result.clean_dice.tolist() == [0.0] * 3
+        assert result.forward_passes.tolist() == [1] * 3
+        assert result.backward_passes.tolist() == [0] * 3
+
+
+# APGD
+
+
+def test_checkpoints_of_100_steps_are_those_of_the_paper():
+    """Croce & Hein, Section 3.1: p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max{p_j − p_{j−1} − 0.03, 0.06}.
+
+    By hand the differences are 22, 19, 16, 13, 10, 7, 6, 6 hundredths, and then 6 each; 105 is beyond the end.
+    """
+    assert checkpoints(100) == [0, 22, 41, 57, 70, 80, 87, 93, 99]
+
+
+@given(st.integers(1, 500))
+def test_checkpoints_are_those_of_the_formula_in_whole_hundredths(steps):
+    hundredths = [0, 22]
+    while hundredths[-1] <= 100:
+        hundredths.append(hundredths[-1] + max(hundredths[-1] - hundredths[-2] - 3, 6))
+    expected = {-(-share * steps // 100) for share in hundredths}
+    assert checkpoints(steps) == sorted(mark for mark in expected if mark <= steps)
+
+
+def slow_apgd(
+    loss_and_gradient: Callable[[Tensor], tuple[float, Tensor]],
+    project: Callable[[Tensor], Tensor],
+    start: Tensor,
+    epsilon: float,
+    norm: str,
+    steps: int,
+) -> list[Tensor]:
+    """Algorithm 1 of Croce & Hein for one sample, line by line; all points x^(0) to x^(steps)."""
+
+    def towards(point: Tensor, gradient: Tensor, size: float) -> Tensor:
+        direction = gradient.sign() if norm == "linf" else gradient / gradient.norm()
+        return project(point + size * direction)
+
+    marks = checkpoints(steps)
+    eta = 2 * epsilon
+    point, previous = start, None
+    points, losses = [start], []
+    best, best_gradient, best_loss = start, start, -math.inf
+    etas, tops = {0: eta}, {0: -math.inf}
+    for k in range(steps):
+        loss, gradient = loss_and_gradient(point)
+        losses.append(loss)
+        if loss > best_loss:
+            best, best_gradient, best_loss = point, gradient, loss
+        if k in marks[1:]:
+            earlier = marks[marks.index(k) - 1]
+            raised = sum(losses[i + 1] > losses[i] for i in range(earlier, k))
+            etas[k], tops[k] = eta, best_loss
+            if raised < 0.75 * (k - earlier) or (etas[earlier] == eta and tops[earlier] == best_loss):
+                eta /= 2
+                point, gradient = best, best_gradient
+        z = towards(point, gradient, eta)
+        new = z if previous is None else project(point + 0.75 * (z - point) + 0.25 * (point - previous))
+        previous, point = point, new
+        points.append(new)
+    return points
+
+
+@every_norm
+@pytest.mark.parametrize("seed", range(6))
+def test_apgd_visits_the_points_of_a_slow_algorithm_1(norm, seed):
+    problem = make_problem("2d classes", seed, samples=1, wrong=0.05)
+    problem = replace(problem, images=problem.images.double(), network=problem.network.double())
+    epsilon, steps = 0.4, 25
+    threat = threat_for(problem.images, norm, epsilon)
+    network = Watched(problem.network)
+    APGD(threat, problem.criterion, steps=steps)(network, problem.images, problem.targets)
+    seen = network.seen[1:]  # without the clean image
+
+    def loss_and_gradient(point: Tensor) -> tuple[float, Tensor]:
+        point = point.clone().requires_grad_(True)
+        loss = SegmentationLoss()(problem.network(point), problem.targets)
+        return loss.item(), torch.autograd.grad(loss.sum(), point)[0]
+
+    expected = slow_apgd(
+        loss_and_gradient, lambda p: threat.project(p, problem.images), seen[0], epsilon, norm, steps
+    )
+    assert len(seen) == steps + 1
+    for found, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+# The optimum of a linear network
+
+
+@dataclass(frozen=True)
+class Score(DiceCriterion):
+    """In place of a Dice a number that falls as the loss of the linear problem rises, so that the best is kept."""
+
+    def dice(self, logits: Tensor, target: Tensor) -> Tensor:
+        return torch.sigmoid(-score(logits, target) / 100).double()
+
+
+def score(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Linear loss (B,): the logit of the wrong class above that of the right one, weighted by the target."""
+    return ((outputs[:, 0] - outputs[:, 1]) * targets[:, 0]).flatten(1).sum(1)
+
+
+def optimum(threat: ThreatModel, images: Tensor, gradient: Tensor) -> Tensor:
+    """Highest rise of a linear loss over ball and box: δ = clip(λ g) with the λ that uses up the ball (KKT)."""
+    low, high = (bound - images for bound in threat.bounds(images))
+    epsilon = threat.epsilon
+    if threat.norm == "linf":
+        best = (epsilon * gradient.sign()).maximum(low).minimum(high)
+    else:
+        less, more = 0.0, 1e6
+        for _ in range(200):
+            middle = (less + more) / 2
+            norm = (middle * gradient).maximum(low).minimum(high).norm()
+            less, more = (middle, more) if norm < epsilon else (less, middle)
+        best = (less * gradient).maximum(low).minimum(high)
+    return (best * gradient).sum()
+
+
+@every_norm
+@pytest.mark.parametrize("range_kind", ["none", "own"])
+@pytest.mark.parametrize("attack", ["pgd", "apgd"])
+@pytest.mark.parametrize("epsilon", [0.1, 2.0, 6.0])
+def test_the_optimum_of_a_linear_network_is_reached(norm, range_kind, attack, epsilon):
+    for seed in range(3):
+        generator = seeded(seed)
+        images = torch.randn((1, 2, 6, 6), generator=generator).double()
+        targets = torch.randn((1, 1, 6, 6), generator=generator).double()
+        network = nn.Conv2d(2, 2, 1).double()
+        with torch.no_grad():
+            network.weight.copy_(torch.randn(network.weight.shape, generator=generator))
+        threat = threat_for(images, norm, epsilon, range_kind)
+        steps = {"pgd": PGD(threat, Score(), score, steps=100), "apgd": APGD(threat, Score(), score, steps=100)}[attack]
+        result = steps(network, images, targets)
+        assert threat.contains(result.images, images, tolerance=1e-9).all()
+        weight = (network.weight[0] - network.weight[1]).detach()
+        gradient = (weight[None] * targets).reshape(images.shape)
+        with torch.no_grad():
+            rise = score(network(result.images), targets) - score(network(images), targets)
+        best = optimum(threat, images, gradient)
+        assert 0.98 * best <= rise.item() <= best * (1 + 1e-6)
+
+
+# GenAdv and BPGD
+
+
+class Outcome(NamedTuple):
+    image: Tensor
+    crossed: bool
+    correct_end: Tensor
+    wrong_end: Tensor
+    ascents: int
+
+
+def slow_genadv(
+    problem: Problem, sample: int, threat: ThreatModel, start: Tensor, steps: int, bisections: int, search: str
+) -> Outcome:
+    """Algorithm 2 for one sample, as the paper writes it; the start counts as a point of the path too."""
+    image, target = problem.images[sample : sample + 1], problem.targets[sample : sample + 1]
+    epsilon = float(threat.epsilon)
+    low, high = threat.bounds(image)
+
+    def is_correct(point: Tensor) -> bool:
+        with torch.no_grad():
+            return bool(problem.criterion.dice(problem.network(point), target) > problem.criterion.threshold)
+
+    def gradient_at(point: Tensor) -> Tensor:
+        point = point.clone().requires_grad_(True)
+        loss = SegmentationLoss(problem.criterion.labels)(problem.network(point), target).sum()
+        return torch.autograd.grad(loss, point)[0]
+
+    def project(point: Tensor) -> Tensor:
+        delta = point - image
+        if threat.norm == "l2":
+            delta = delta * min(1.0, epsilon / max(float(delta.norm()), 1e-30))
+        else:
+            delta = delta.clamp(-epsilon, epsilon)
+        return (image + delta).maximum(low).minimum(high)
+
+    alpha = 4 * epsilon / steps
+    previous, point, crossed = image, start, not is_correct(start)
+    taken = 0
+    while not crossed and taken < steps:
+        gradient = gradient_at(point)
+        h = gradient.sign() if threat.norm == "linf" else gradient / gradient.norm()
+        previous, point = point, project(point + alpha * h)
+        crossed = not is_correct(point)
+        taken += 1
+    if not crossed:
+        return Outcome(point, False, previous, point, taken)
+    first, second = (image if search == "origin" else previous), point
+    middle = (first + second) / 2
+    for _ in range(bisections):
+        if is_correct(middle):
+            first = middle
+        else:
+            second = middle
+        middle = (first + second) / 2
+    return Outcome(middle, True, image if search == "origin" else previous, point, taken)
+
+
+def correct_problem(kind: str, seed: int, samples: int) -> Problem:
+    """A problem in which every clean sample is correct, and some by little."""
+    problem = make_problem(kind, seed, samples)
+    dice = dice_of(problem, problem.images)
+    threshold = max(0.0, min(0.75, float(dice.min()) - 0.02))
+    return replace(problem, criterion=replace(problem.criterion, threshold=threshold))
+
+
+class Setup(NamedTuple):
+    problem: Problem
+    threat: ThreatModel
+    start: Tensor
+    oracle: Oracle
+    network: CountingNetwork
+
+
+def genadv_setup(kind: str, seed: int, norm: str) -> Setup:
+    """Margins from none over hardly any to large, a start with noise, and a network that counts its runs."""
+    problem = correct_problem(kind, seed, samples=4)
+    sizes = torch.tensor([0.05, 0.4, 1.5, 4.0]) * (1.0 if norm == "l2" else 0.1)
+    network, images = counting(problem)
+    low, high = image_range(images)
+    threat = ThreatModel(norm, sizes, low, high)
+    noise = torch.randn(images.shape, generator=seeded(seed))
+    start = threat.project(images + noise * 0.3 * threat.radius(images), images)
+    loss = SegmentationLoss(problem.criterion.labels)
+    oracle = Oracle(network, problem.targets, loss, problem.criterion, chunk=1)
+    return Setup(replace(problem, network=network, images=images), threat, start, oracle, network)
+
+
+STEPS, BISECTIONS = 6, 7
+
+
+def genadv(setup: Setup, search: str, index: Tensor | None = None) -> Boundary:
+    index = torch.arange(4) if index is None else index
+    return generate_adversarial(
+        setup.oracle,
+        setup.problem.criterion,
+        setup.threat.select(index),
+        setup.problem.images[index],
+        setup.start[index],
+        index,
+        steps=STEPS,
+        bisections=BISECTIONS,
+        boundary_search=search,
+    )
+
+
+@pytest.mark.parametrize("search", BOUNDARY_SEARCHES)
+@settings(max_examples=20)
+@given(kinds, seeds, norms)
+def test_genadv_is_algorithm_2(search, kind, seed, norm):
+    setup = genadv_setup(kind, seed, norm)
+    problem, threat = setup.problem, setup.threat
+    found = genadv(setup, search)
+    runs = setup.network.forward_runs.clone(), setup.network.backward_runs.clone()
+    assert torch.equal(setup.oracle.forward_passes, runs[0])
+    assert torch.equal(setup.oracle.backward_passes, runs[1])
+    assert threat.contains(found.images, problem.images, tolerance=1e-5).all()
+    for sample in range(4):
+        own = threat.select(torch.tensor([sample]))
+        slow = slow_genadv(problem, sample, own, setup.start[sample : sample + 1], STEPS, BISECTIONS, search)
+        assert bool(found.crossed[sample]) == slow.crossed
+        torch.testing.assert_close(found.images[sample : sample + 1], slow.image, rtol=0, atol=1e-4)
+        # A sample that crossed costs the passes up to there, and the bisections.
+        assert runs[0][sample] == slow.ascents + 1 + (BISECTIONS if slow.crossed else 0)
+        assert runs[1][sample] == min(slow.ascents + 1, STEPS)
+        if slow.crossed:
+            gap = (slow.wrong_end - slow.correct_end).norm()
+            assert_next_to_the_boundary(problem, sample, found.images[sample], slow, float(gap) / 2**BISECTIONS)
+
+
+def assert_next_to_the_boundary(problem: Problem, sample: int, point: Tensor, slow: Outcome, within: float) -> None:
+    """Along the searched line there is a correct and a wrong point no further away than ``within``."""
+    along = slow.wrong_end - slow.correct_end
+    unit = along / along.norm()
+    target = problem.targets[sample : sample + 1].expand(2, *problem.targets.shape[1:])
+    ends = torch.cat([point[None] - within / 2 * unit, point[None] + within / 2 * unit])
+    with torch.no_grad():
+        correct = problem.criterion.is_correct(problem.criterion.dice(problem.network(ends), target))
+    # The two ends of the last interval lie half its length to each side.
+    assert correct.tolist() == [True, False]
+
+
+def test_genadv_meets_all_cases_in_these_tests():
+    """Crossings at the start, on the way and not at all: otherwise the test above would prove little."""
+    ascents = []
+    for seed in range(12):
+        for kind in ("2d classes", "2d regions"):
+            setup = genadv_setup(kind, seed, "l2")
+            found = genadv(setup, "path")
+            passes = setup.oracle.forward_passes - found.crossed * BISECTIONS
+            ascents += [int(p) if crossed else None for p, crossed in zip(passes, found.crossed, strict=True)]
+    assert ascents.count(None) > 5
+    assert ascents.count(1) > 0
+    assert sum(a is not None and 1 < a <= STEPS for a in ascents) > 5
+
+
+@pytest.mark.parametrize("search", BOUNDARY_SEARCHES)
+@few
+@given(kinds, seeds, norms)
+def test_genadv_of_some_samples_is_that_of_each_alone(search, kind, seed, norm):
+    setup = genadv_setup(kind, seed, norm)
+    together = genadv(setup, search)
+    index = torch.tensor([3, 0])
+    some = genadv(setup, search, index)
+    assert torch.equal(some.images, together.images[index])
+    assert torch.equal(some.crossed, together.crossed[index])
+
+
+@pytest.mark.parametrize("search", BOUNDARY_SEARCHES)
+def test_genadv_of_no_samples_is_nothing(search):
+    setup = genadv_setup("2d classes", 0, "l2")
+    found = genadv(setup, search, torch.zeros(0, dtype=torch.long))
+    assert len(found.images) == len(found.crossed) == 0
+    assert int(setup.oracle.forward_passes.sum()) == 0
+
+
+@given(seeds, st.integers(0, 12))
+def test_bisection_ends_at_the_boundary(seed, halvings):
+    """On a network that is wrong once the image's mean exceeds a level, the boundary is known."""
+    generator = seeded(seed)
+    level = 0.1 + 0.8 * torch.rand(1, generator=generator).item()
+
+    class Level(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            excess = images.mean((1, 2, 3), keepdim=True).expand(-1, 1, 2, 2) - level
+            return torch.cat([excess, -excess], 1)
+
+    targets = torch.ones(1, 1, 2, 2)
+    oracle = Oracle(Level(), targets, SegmentationLoss(), DiceCriterion())
+    correct_side, wrong_side = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    index = torch.arange(1)
+    middle = bisect(oracle, DiceCriterion(), correct_side, wrong_side, index, halvings)
+    assert abs(middle.mean().item() - level) <= 0.5 / 2**halvings + 1e-6
+    assert oracle.forward_passes.tolist() == [halvings]
+
+
+@few
+@given(kinds, seeds, norms)
+def test_bpgd_leaves_samples_alone_that_are_wrong_already(kind, seed, norm):
+    problem = make_problem(kind, seed)
+    criterion = replace(problem.criterion, threshold=0.999)
+    attack = SMALL_BUDGET["bpgd"](threat_for(problem.images, norm, 1.0), criterion)
+    result = attack(problem.network, problem.images, problem.targets)
+    wrong = ~criterion.is_correct(result.clean_dice)
+    assert torch.equal(result.images[wrong], problem.images[wrong])
+    assert (result.forward_passes[wrong] == 1).all()
