@@ -8,10 +8,8 @@ of the plane is an image of two channels and one voxel, (2, 1, 1), and its class
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -133,9 +131,7 @@ def train(method: Method, points: Points, recipe: Recipe) -> nn.Module:
     return network.eval()
 
 
-def sat_loss(
-    network: nn.Module, images: Tensor, targets: Tensor, recipe: Recipe, generator: torch.Generator
-) -> Tensor:
+def sat_loss(network: nn.Module, images: Tensor, targets: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """Mean loss of the points where K steps of PGD ended: design section 5, Madry et al. 2018."""
     threat = ThreatModel("l2", recipe.epsilon)
     index = torch.arange(len(images))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -270,7 +271,7 @@ def test_more_budget_is_never_weaker(kind, seed, norm, range_kind):
     ]
     for attacks in growing:
         dice = [result.dice for result in results(problem, *attacks)]
-        for weaker, stronger in zip(dice, dice[1:], strict=False):
+        for weaker, stronger in pairwise(dice):
             assert (stronger <= weaker).all()
 
 
@@ -385,9 +386,7 @@ def test_apgd_visits_the_points_of_a_slow_algorithm_1(norm, seed):
         loss = SegmentationLoss()(problem.network(point), problem.targets)
         return loss.item(), torch.autograd.grad(loss.sum(), point)[0]
 
-    expected = slow_apgd(
-        loss_and_gradient, lambda p: threat.project(p, problem.images), seen[0], epsilon, norm, steps
-    )
+    expected = slow_apgd(loss_and_gradient, lambda p: threat.project(p, problem.images), seen[0], epsilon, norm, steps)
     assert len(seen) == steps + 1
     for found, wanted in zip(seen, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)

@@ -22,9 +22,9 @@ class Update(NamedTuple):
     margins: list[float]
 
 
-updates = st.lists(
-    st.tuples(st.sampled_from(SAMPLES), st.floats(-5, 100, width=32)), min_size=1, max_size=5
-).map(lambda pairs: Update([s for s, _ in pairs], [m for _, m in pairs]))
+updates = st.lists(st.tuples(st.sampled_from(SAMPLES), st.floats(-5, 100, width=32)), min_size=1, max_size=5).map(
+    lambda pairs: Update([s for s, _ in pairs], [m for _, m in pairs])
+)
 histories = st.lists(updates, max_size=6)
 maxima = st.sampled_from([0.0, 0.1, 1.0, 15.0])
 
@@ -105,7 +105,7 @@ def test_a_margin_that_is_no_number_is_refused_and_changes_nothing(bad):
 
 
 def test_each_sample_needs_a_margin():
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match="is shorter than"):
         table().update(SAMPLES, torch.ones(5))
 
 

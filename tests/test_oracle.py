@@ -1,6 +1,6 @@
 """Facts about what an attack may ask a network: true answers, honest counts, and a network left as it was."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -325,16 +325,14 @@ def test_the_network_comes_back_as_it_was_even_after_an_error(fails):
     network = stateful_network(1)
     before = state_of(network)
     oracle = oracle_of(problem, network=network)
-    try:
-        with undisturbed(network):
-            assert not any(module.training for module in network.modules())
-            assert not any(parameter.requires_grad for parameter in network.parameters())
-            oracle.ascent(problem.images, torch.arange(3))
-            oracle.dice(problem.images, torch.arange(3))
-            if fails:
-                raise RuntimeError("something broke")
-    except RuntimeError as error:
-        assert fails and str(error) == "something broke"
+    expected = pytest.raises(RuntimeError, match="something broke") if fails else nullcontext()
+    with expected, undisturbed(network):
+        assert not any(module.training for module in network.modules())
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        oracle.ascent(problem.images, torch.arange(3))
+        oracle.dice(problem.images, torch.arange(3))
+        if fails:
+            raise RuntimeError("something broke")
     assert state_of(network) == before
 
 

@@ -221,9 +221,7 @@ def test_selecting_samples_is_slicing(situation, data):
     parts = (selected.radius(images[index]), *selected.bounds(images[index]))
     for one, many in zip(parts, whole, strict=True):
         sample_shape = images.shape[1:]
-        assert torch.equal(
-            one.expand(len(index), *sample_shape), many.expand(len(images), *sample_shape)[index]
-        )
+        assert torch.equal(one.expand(len(index), *sample_shape), many.expand(len(images), *sample_shape)[index])
 
 
 @given(situations(outside=True), st.data())
@@ -282,6 +280,4 @@ def test_frozen_channels_stay_and_the_others_are_as_free_as_before(situation):
     assert torch.equal(frozen.project(perturbed, images)[:, 0], images[:, 0])
     others = perturbed.clone()
     others[:, 0] = images[:, 0]
-    torch.testing.assert_close(
-        frozen.project(others, images), threat.project(others, images), rtol=0, atol=0
-    )
+    torch.testing.assert_close(frozen.project(others, images), threat.project(others, images), rtol=0, atol=0)

@@ -1,0 +1,229 @@
+"""From a Decathlon task to evaluated models, by nnU-Net's own commands and ours; a step that is done stays done."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.decathlon import stage_task, task_number
+from nnunet_ima.evaluation.environment import trainers_folder
+from nnunet_ima.files import write_text
+
+PLANS = "nnUNetPlans"
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A model to train.
+
+    Attributes:
+        title: for people.
+        trainer: nnU-Net's name of the trainer.
+        settings: what stands under the key ``nnunet_ima`` of its configuration.
+        start: the method whose weights it starts from, None for random weights.
+    """
+
+    title: str
+    trainer: str
+    settings: Mapping[str, Any]
+    start: Method | None = None
+
+
+@dataclass(frozen=True)
+class SmallNetwork:
+    """A configuration that inherits from one of nnU-Net's plan, but is small enough for a CPU.
+
+    Attributes:
+        parent: the planned configuration.
+        features: of the first stage; they double with each stage.
+        most_features: of any stage.
+        batch_size: of the training.
+    """
+
+    name: str
+    parent: str = "2d"
+    features: int = 16
+    most_features: int = 128
+    batch_size: int = 32
+
+    def configuration(self, plans: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The entry for a plans file."""
+        architecture = json.loads(json.dumps(plans["configurations"][self.parent]["architecture"]))
+        stages = architecture["arch_kwargs"]["n_stages"]
+        architecture["arch_kwargs"]["features_per_stage"] = [
+            min(self.features * 2**stage, self.most_features) for stage in range(stages)
+        ]
+        return {
+            "inherits_from": self.parent,
+            "batch_size": self.batch_size,
+            "architecture": architecture,
+            "nnunet_ima": dict(settings),
+        }
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """How a model is evaluated: arguments of ``nnunet_ima evaluate``."""
+
+    name: str
+    levels: Sequence[str]
+    attacks: Sequence[str]
+    norm: str = "l2"
+    protocol: str = "sound"
+    further: Sequence[str] = field(default_factory=tuple)
+
+
+class Pipeline:
+    """Runs the steps in ``output``, which holds nnU-Net's three folders, logs and results.
+
+    Args:
+        output: where everything goes.
+        plans_name: of the plans file that holds the small configurations; nnU-Net's own stays as it is.
+        network: the small configuration; each trainer gets one of its own, for its settings.
+        device: for training and attack.
+    """
+
+    def __init__(self, output: Path, plans_name: str, network: SmallNetwork, device: str) -> None:
+        self.output, self.plans_name, self.network, self.device = output.resolve(), plans_name, network, device
+        self.folders = {name: self.output / name for name in FOLDERS}
+        for folder in (*self.folders.values(), self.output / "logs"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self, task: Path) -> Path:
+        """Convert, plan and preprocess a Decathlon task; returns its folder of preprocessed data.
+
+        Raises:
+            UserError: it is no task folder, or the output folder holds another task.
+        """
+        view = stage_task(task, self.output / "staged")
+        others = [entry.name for entry in (self.output / "staged").iterdir() if entry.name != view.name]
+        if others:
+            raise UserError(f"{self.output} already holds work on {others[0]}; give another output folder.")
+        number = str(task_number(view))
+        self.once("convert", ["nnUNetv2_convert_MSD_dataset", "-i", str(view), "-np", "2"])
+        plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.network.parent, "-np", "2"]
+        self.once("plan", [*plan, "--verify_dataset_integrity"])
+        return next(self.folders["nnUNet_preprocessed"].glob(f"Dataset{int(number):03d}_*"))
+
+    def write_plans(self, dataset: Path, methods: Sequence[Method]) -> None:
+        """Write the plans file with one small configuration a method."""
+        plans = json.loads((dataset / f"{PLANS}.json").read_text(encoding="utf-8"))
+        plans["plans_name"] = self.plans_name
+        for method in methods:
+            plans["configurations"][self.configuration(method)] = self.network.configuration(plans, method.settings)
+        write_text(dataset / f"{self.plans_name}.json", json.dumps(plans, indent=2))
+
+    def train(self, dataset: Path, method: Method) -> None:
+        """Train fold 0 of a method, or continue where a stopped training left off."""
+        command = ["nnUNetv2_train", dataset.name, self.configuration(method), "0", "-tr", method.trainer]
+        command += ["-p", self.plans_name, "-device", self.device]
+        if (self.model(dataset, method) / "fold_0" / "checkpoint_latest.pth").is_file():
+            command.append("--c")
+        elif method.start is not None:
+            start = self.model(dataset, method.start) / "fold_0" / "checkpoint_final.pth"
+            command += ["-pretrained_weights", str(start)]
+        self.once(f"train_{self.key(method)}", command, "Epoch ", method.settings["num_epochs"])
+
+    def evaluate(self, dataset: Path, method: Method, attacks: Attacks) -> Path:
+        """Attack a trained method; returns the folder of the results."""
+        folder = self.output / f"{attacks.name}_{self.key(method)}"
+        command = ["nnunet_ima", "evaluate", "-m", str(self.model(dataset, method)), "-device", self.device]
+        command += ["--levels", *attacks.levels, "--attacks", *attacks.attacks, "-o", str(folder)]
+        command += ["--norm", attacks.norm, "--protocol", attacks.protocol, *attacks.further]
+        self.once(f"{attacks.name}_{self.key(method)}", command)
+        return folder
+
+    def model(self, dataset: Path, method: Method) -> Path:
+        """nnU-Net's folder of a trained method."""
+        name = f"{method.trainer}__{self.plans_name}__{self.configuration(method)}"
+        return self.folders["nnUNet_results"] / dataset.name / name
+
+    def configuration(self, method: Method) -> str:
+        """Name of a method's configuration."""
+        return f"{self.network.name}_{self.key(method)}"
+
+    def key(self, method: Method) -> str:
+        """Short name of a method, for files."""
+        own = method.trainer.removeprefix("nnUNetTrainer")
+        return own if method.start is None else f"{own}_from_{self.key(method.start)}"
+
+    def once(self, step: str, command: Sequence[str], counted: str = "", total: int | None = None) -> None:
+        """Run a command unless it ended well before; show progress by counting lines of its log.
+
+        Raises:
+            UserError: the command failed; its last line and its log are named.
+        """
+        done = self.output / "logs" / f"{step}.done"
+        if done.is_file():
+            return
+        log = self.output / "logs" / f"{step}.log"
+        started = time.time()
+        with log.open("w", encoding="utf-8") as stream:
+            process = subprocess.Popen(
+                [_program(command[0]), *command[1:]], stdout=stream, stderr=subprocess.STDOUT, env=self._environment()
+            )
+            try:
+                _watch(process, log, step, counted, total)
+            except BaseException:
+                process.terminate()
+                raise
+        if process.returncode:
+            raise UserError(f"The step {step} failed: {_last_line(log)} (all of it in {log}).")
+        write_text(done, json.dumps({"seconds": round(time.time() - started, 1), "command": list(command)}))
+
+    def seconds(self, step: str) -> float:
+        """How long a finished step took."""
+        return float(json.loads((self.output / "logs" / f"{step}.done").read_text(encoding="utf-8"))["seconds"])
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            **{name: str(folder) for name, folder in self.folders.items()},
+            "nnUNet_extTrainer": str(trainers_folder()),
+            "nnUNet_n_proc_DA": "1",
+            "nnUNet_def_n_proc": "2",
+            "nnUNet_compile": "0",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+
+def _program(name: str) -> str:
+    """The command that belongs to this Python, whatever the PATH says."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
+
+
+def _watch(process: subprocess.Popen[bytes], log: Path, step: str, counted: str, total: int | None) -> None:
+    """Wait for the end of a step: a bar of its epochs, or of the percentage that its own bar shows."""
+    pattern = re.compile(rf"\b{re.escape(counted)}\d+") if counted else None
+    with tqdm(total=total or 100, desc=f"  {step}", unit="epoch" if total else "%", dynamic_ncols=True) as bar:
+        while process.poll() is None:
+            time.sleep(0.5)
+            text = log.read_text(encoding="utf-8", errors="replace")
+            bar.n = min(len(pattern.findall(text)), bar.total) if pattern else _percentage(text)
+            bar.refresh()
+        if process.returncode == 0:
+            bar.n = bar.total
+
+
+def _percentage(text: str) -> int:
+    """The last percentage that a step's own progress bar printed."""
+    found = re.findall(r"(\d{1,3})%\|", text[-2000:])
+    return min(int(found[-1]), 100) if found else 0
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
