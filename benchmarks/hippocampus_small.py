@@ -37,11 +37,15 @@ STD = Method("STD", "nnUNetTrainerSTD", LENGTH)
 IMA = Method("IMA", "nnUNetTrainerIMA", {**LENGTH, "steps": 10, "epsilon": 15.0, "delta_epsilon": 5.0})
 METHODS = (STD, IMA)
 EVALUATIONS = (
-    Attacks("sound_l2", ("5", "10", "15"), ("apgd:steps=50", "pgd:steps=40", "white-noise:draws=20"),
-            further=("--max-samples", "400")),
-    Attacks("paper_l2", ("5",), ("apgd:steps=50", "white-noise:draws=20"), protocol="paper",
-            further=("--max-samples", "400", "--no-cases")),
-)  # fmt: skip
+    Attacks("sound_l2", ("5", "10", "15"), ("apgd:steps=50", "white-noise:draws=20"), further=("--max-samples", "300")),
+    Attacks(
+        "paper_l2",
+        ("5",),
+        ("apgd:steps=50", "white-noise:draws=20"),
+        protocol="paper",
+        further=("--max-samples", "300", "--no-cases"),
+    ),
+)
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 

@@ -58,8 +58,9 @@ def evaluate(request: Request, progress: bool = True) -> Path:
         UserError: anything about the request that cannot be done.
     """
     protocol = Protocol(request.protocol, request.norm)
-    levels = [parse_level(text, request.norm) for text in request.levels or DEFAULT_LEVELS[request.norm]]
-    attacks = [parse_attack(text) for text in request.attacks]
+    texts = request.levels or DEFAULT_LEVELS[request.norm]
+    levels = [parse_level(text, request.norm) for text in dict.fromkeys(texts)]
+    attacks = [parse_attack(text) for text in dict.fromkeys(request.attacks)]
     device = choose_device(request.device)
     _use_all_cores(device)
     model = load_model(_model_folder(request), _read_fold(request.fold), request.checkpoint, device)
@@ -85,7 +86,7 @@ def evaluate(request: Request, progress: bool = True) -> Path:
     draw_dice_against_level(summary, output / "dice_against_level.png")
     # The panel shows the condition that took most Dice off the samples.
     strongest = min(outcomes[1:], key=lambda o: sum(score.dice for score in o.samples))
-    draw_worst(strongest, output / "worst_samples.png")
+    draw_worst(strongest, summary["classes"], output / "worst_samples.png")
     write_all(output, evaluation, outcomes, summary)
     return output
 

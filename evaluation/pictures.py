@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch import Tensor
 from nnunet_ima.evaluation.run import Example, Outcome
 from nnunet_ima.files import atomic_path
 
+LINE_STYLES = ("-", "--", ":", "-.")
 TRUTH, BEFORE, AFTER = "#2ca02c", "#1f77b4", "#d62728"
 
 
 def draw_dice_against_level(summary: Mapping[str, Any], file: Path) -> None:
     """TVDI of each attack over the levels, from the clean value at 0; with the clamp alone as a dashed line."""
     with plt.style.context("default"):
-        figure, axes = plt.subplots(figsize=(7, 4.5), dpi=130)
+        figure, axes = plt.subplots(figsize=(7, 4.5), dpi=130, layout="constrained")
         ticks = {0.0: "0"}
         for attack in dict.fromkeys(result["attack"] for result in summary["results"]):
             mine = [result for result in summary["results"] if result["attack"] == attack]
@@ -55,8 +57,8 @@ def draw_dice_against_level(summary: Mapping[str, Any], file: Path) -> None:
         _save(figure, file)
 
 
-def draw_worst(outcome: Outcome, file: Path) -> None:
-    """The samples of ``outcome`` that lost most Dice: image, perturbed image, perturbation, contours."""
+def draw_worst(outcome: Outcome, classes: Sequence[str], file: Path) -> None:
+    """The samples of ``outcome`` that lost most Dice: image, perturbed image, perturbation, contours of ``classes``."""
     examples = outcome.worst
     with plt.style.context("default"):
         figure, rows = plt.subplots(
@@ -68,7 +70,9 @@ def draw_worst(outcome: Outcome, file: Path) -> None:
         figure.suptitle(f"Samples that lost most Dice under {outcome.attack}{level}")
         handles = [Line2D([], [], color=c, label=t) for c, t in
                    ((TRUTH, "reference"), (BEFORE, "prediction before"), (AFTER, "prediction after"))]  # fmt: skip
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+        handles += [Line2D([], [], color="grey", linestyle=style, label=name)
+                    for name, style in zip(classes, cycle(LINE_STYLES), strict=False)]  # fmt: skip
+        figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
         _save(figure, file)
 
 
@@ -109,7 +113,7 @@ def _slice(volume: Tensor, where: int | None) -> np.ndarray[Any, Any]:
 
 
 def _contours(axes: Axes, masks: np.ndarray[Any, Any], colour: str) -> None:
-    for mask, style in zip(masks, ["-", "--", ":", "-."] * len(masks), strict=False):
+    for mask, style in zip(masks, cycle(LINE_STYLES), strict=False):
         if mask.any() and not mask.all():
             axes.contour(mask.astype(float), levels=[0.5], colors=colour, linewidths=1.2, linestyles=style)
 

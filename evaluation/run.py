@@ -23,8 +23,9 @@ from nnunet_ima.evaluation.models import TrainedModel
 from nnunet_ima.evaluation.protocols import Level, Protocol
 from nnunet_ima.threat import ThreatModel
 
-# The network always runs on chunks of this many voxels, whatever --batch-size: see Oracle.
-CHUNK_VOXELS, LARGEST_CHUNK = 2**15, 16
+# The network always runs on chunks of this many voxels and samples, whatever --batch-size: see Oracle.
+CHUNK_VOXELS = {"cpu": 2**18, "mps": 2**18, "cuda": 2**22}
+LARGEST_CHUNK = {"cpu": 16, "mps": 16, "cuda": 128}
 
 WORST_KEPT = 4
 
@@ -163,8 +164,8 @@ class _Runner:
         self.model = evaluation.model
         self.case_level = CaseLevel(cases, evaluation.device) if evaluation.case_level else None
         self.clean_dice: dict[Sample, float] = {}
-        voxels = int(np.prod(self.model.configuration.patch_size))
-        self.chunk = int(np.clip(CHUNK_VOXELS // voxels, 1, LARGEST_CHUNK))
+        voxels, device = int(np.prod(self.model.configuration.patch_size)), evaluation.device.type
+        self.chunk = int(np.clip(CHUNK_VOXELS[device] // voxels, 1, LARGEST_CHUNK[device]))
 
     def condition(self, choice: AttackChoice | None, level: Level | None, bar: tqdm[None]) -> Outcome:
         name = CLEAN if choice is None else choice.name

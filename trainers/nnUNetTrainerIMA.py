@@ -133,7 +133,9 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         samples' outputs stand in for the clean ones. Without any it is L0, and so is the step: stock nnU-Net's.
         """
         if not len(index):
-            return clean_loss, torch.zeros(0, dtype=torch.bool, device=perturbed.device)
+            # With batch_dice the loss gathers from all ranks: a rank must not skip it because it has nothing perturbed.
+            loss = self.nnunet_loss(outputs, targets) if self.is_ddp else clean_loss
+            return loss, torch.zeros(0, dtype=torch.bool, device=perturbed.device)
         again = self.forward(perturbed)
         mixed: Outputs
         if isinstance(outputs, Tensor):
