@@ -8,8 +8,10 @@ of the plane is an image of two channels and one voxel, (2, 1, 1), and its class
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -25,9 +27,8 @@ from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, cross_entropy, first
 from nnunet_ima.lp import random_in_ball, random_on_sphere
-from nnunet_ima.margins import MarginTable
+from nnunet_ima.margins import MarginTable, updated_margins
 from nnunet_ima.threat import ThreatModel
-from nnunet_ima.trainers.nnUNetTrainerIMA import updated_margins
 
 Method = Literal["STD", "SAT", "IMA"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -59,12 +60,12 @@ class Points(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained; the defaults are the paper's (supplement G.1), where it says anything.
+    """How a network is trained; the defaults are the paper's (supplement G.1).
 
     Attributes:
         epsilon: L2 radius of SAT, largest margin of IMA, in the units of the plane. The noise-free moons come as close
-            as 0.5, and closer with noise. At 0.3 the balls around the two classes therefore overlap, so that SAT asks
-            for both classes at one place, and IMA's margins have to stop short of their maximum.
+            as 0.5, so that balls of more than 0.25 around the two classes overlap, and sooner around noisy points. At
+            0.3, the paper's, SAT asks for both classes at one place, and IMA's margins have to stop short of it.
         delta_epsilon: expansion step Δε of IMA. The paper's, for its other data sets, is epsilon / epochs.
         epochs: passes over the points.
         batch_size: points a step.
@@ -117,7 +118,7 @@ def train(method: Method, points: Points, recipe: Recipe) -> nn.Module:
     generator = torch.Generator().manual_seed(recipe.seed)
     margins = MarginTable(recipe.delta_epsilon, recipe.epsilon, "l2")
     for _ in range(recipe.epochs):
-        for batch in torch.randperm(len(points.images), generator=generator).split(recipe.batch_size):
+        for batch in torch.split(torch.randperm(len(points.images), generator=generator), recipe.batch_size):
             images, targets = points.images[batch], points.targets[batch]
             if method == "STD":
                 loss = point_loss(network(images), targets).mean()
@@ -218,7 +219,7 @@ def middle_line(spacing: float = 0.01) -> Middle:
     x, y = np.arange(-1.2, 2.2, spacing), np.arange(-0.7, 1.2, spacing)
     grid = np.stack(np.meshgrid(x, y), -1)
     away = [np.linalg.norm(grid - nearest_on_moon(grid, moon), axis=-1) for moon in (0, 1)]
-    line = max(contour_generator(x, y, away[0] - away[1]).lines(0.0), key=len)
+    (line,) = (np.asarray(line) for line in contour_generator(x, y, away[0] - away[1]).lines(0.0))
     t = np.linspace(0, np.pi, 200)
     arc = np.stack([np.cos(t), np.sin(t)], -1)
     hull = Delaunay(np.concatenate([CENTRES[0] + arc, CENTRES[1] - arc]))
@@ -247,3 +248,72 @@ def wrong_side(network: nn.Module, middle: Middle, places: int = 400) -> NDArray
 def boundary_offset(network: nn.Module, middle: Middle) -> float:
     """Mean distance of the decision boundary from the middle line, as a share of half the gap, in [0, 1]."""
     return float(np.abs(wrong_side(network, middle)).mean())
+
+
+def draw(networks: Sequence[tuple[str, nn.Module]], points: Points, middle: Middle, epsilon: float, file: Path) -> None:
+    """One panel a network: points, decision regions, boundary, middle line, and the mean offset in its title."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    x, y = np.meshgrid(np.linspace(-1.35, 2.35, 371), np.linspace(-0.85, 1.35, 221))
+    grid = torch.from_numpy(np.stack([x, y], -1)).float().reshape(-1, 2, 1, 1)
+    positions, classes = points.images.flatten(1).numpy(), points.targets.flatten().numpy()
+    with plt.style.context("default"):
+        figure, panels = plt.subplots(
+            1, len(networks), figsize=(12.6, 3.5), dpi=110, sharex=True, sharey=True, layout="constrained"
+        )
+        for panel, (name, network) in zip(panels, networks, strict=True):
+            with torch.no_grad():
+                logits = network(grid).flatten(1)
+            height = (logits[:, 1] - logits[:, 0]).reshape(x.shape).numpy()
+            panel.contourf(x, y, height, levels=[-np.inf, 0, np.inf], colors=["#d6e6f4", "#fde3cd"])
+            for label, color in enumerate(("#1f6fb4", "#d9600f")):
+                panel.scatter(*positions[classes == label].T, s=4, color=color, linewidths=0, label=f"class {label}")
+            panel.contour(x, y, height, levels=[0], colors="black", linewidths=1.8)
+            panel.plot([], [], color="black", linewidth=1.8, label="decision boundary")
+            panel.plot(*middle.points.T, color="#2a9d3a", linewidth=1.8, linestyle=(0, (4, 2)), label="middle line")
+            offset = boundary_offset(network, middle)
+            panel.set_title(f"{name}: mean offset {100 * offset:.0f} % of half the gap", fontsize=11)
+            panel.plot([-1.2, -1.2 + epsilon], [-0.7, -0.7], color="dimgrey", linewidth=2.5, solid_capstyle="butt")
+            panel.text(-1.2 + epsilon / 2, -0.66, f"ε = {epsilon:g}", color="dimgrey", ha="center", va="bottom")
+            panel.set_aspect("equal")
+            panel.tick_params(labelsize=8)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, markerscale=3)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, format="png")
+        plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the three networks, print what was measured and draw the picture."""
+    parser = argparse.ArgumentParser(description="IMA's decision boundary on two moons (Figure 7 of the paper).")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/pictures/moons.png"), help="the picture")
+    parser.add_argument("--points", type=int, default=2000, help="training points (default: 2000; the paper's: 20000)")
+    parser.add_argument("--noise", type=float, default=0.05, help="standard deviation of the points (default: 0.05)")
+    parser.add_argument("--epsilon", type=float, default=Recipe.epsilon, help="of SAT, and at most of IMA (0.3)")
+    parser.add_argument("--epochs", type=int, default=Recipe.epochs, help="default: 30, the paper's")
+    parser.add_argument("--seed", type=int, default=0, help="of points and training (default: 0)")
+    chosen = parser.parse_args(arguments)
+
+    recipe = Recipe(chosen.epsilon, chosen.epsilon / chosen.epochs, chosen.epochs, seed=chosen.seed)
+    points = moons(chosen.points, chosen.noise, chosen.seed)
+    unseen = moons(2000, chosen.noise, chosen.seed + 10_000)
+    middle = middle_line()
+    levels = (0.0, 0.1, 0.2, 0.3)
+    print(f"| | mean offset | {' | '.join(f'PGD-100 {level:g}' if level else 'clean' for level in levels)} |")
+    print("|" + " --- |" * (len(levels) + 2))
+    networks = []
+    for method in METHODS:
+        network = train(method, points, recipe)
+        networks.append((method, network))
+        figures = [boundary_offset(network, middle), *(accuracy(network, unseen, level) for level in levels)]
+        print(f"| {method} | {' | '.join(f'{100 * figure:.1f} %' for figure in figures)} |", flush=True)
+    shown = Points(points.images[:1200], points.targets[:1200])
+    draw(networks, shown, middle, recipe.epsilon, chosen.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -196,6 +196,8 @@ class Pipeline:
             "nnUNet_def_n_proc": "2",
             "nnUNet_compile": "0",
             "PYTHONUNBUFFERED": "1",
+            # Threads that spin while they wait slow each other down tenfold as soon as a core is shared.
+            "OMP_WAIT_POLICY": "PASSIVE",
         }
 
 

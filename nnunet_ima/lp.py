@@ -49,7 +49,7 @@ def steepest_direction(gradient: Tensor, norm: Norm) -> Tensor:
     """
     if norm == "linf":
         return gradient.sign()
-    # Dividing by the largest entry first keeps tiny gradients (1e-30) from vanishing when squared.
+    # Dividing by the largest entry first keeps the smallest gradients and the largest from leaving the range of floats.
     largest = per_sample(gradient.flatten(1).abs().amax(1), gradient)
     scaled = gradient / torch.where(largest > 0, largest, torch.ones_like(largest))
     length = per_sample(lp_norm(scaled, "l2"), scaled)
@@ -72,7 +72,10 @@ def random_in_ball(like: Tensor, norm: Norm, radius: Tensor, generators: Generat
 
 
 def random_on_sphere(like: Tensor, norm: Norm, radius: Tensor, generators: Generators) -> Tensor:
-    """Random perturbations of norm exactly ``radius``: a uniform direction (L2) or a rescaled uniform cube (Linf)."""
+    """Random perturbations of norm ``radius``: a uniform direction (L2) or a rescaled uniform cube (Linf).
+
+    With one Linf radius a channel, the channel that holds the largest entry reaches its radius.
+    """
     if norm == "linf":
         noise = 2 * draw_uniform(like, generators) - 1
         return noise / per_sample(lp_norm(noise, "linf"), noise) * radius

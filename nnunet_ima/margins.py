@@ -126,3 +126,17 @@ class MarginTable:
         self._margins = dict(zip(samples, margins.clamp(0.0, self.maximum).tolist(), strict=True))
         self._visits = dict(zip(samples, (int(v) for v in visits.tolist()), strict=True))
         self._changes = {}
+
+
+def updated_margins(margins: Tensor, distance: Tensor, correct: Tensor, crossed: Tensor, step: float) -> Tensor:
+    """Lines 13 to 17 of Algorithm 1, each (n,): expand where nothing crossed, shrink where the boundary was overshot.
+
+    Args:
+        margins: E.
+        distance: ‖x − x̃‖.
+        correct: whether the final perturbed sample is correct.
+        crossed: β, whether a crossing was found on the way.
+        step: Δε.
+    """
+    expanded = torch.where(correct & ~crossed, margins + step, margins)
+    return torch.where(~correct & crossed, (distance + margins) / 2, expanded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ class ThreatModel:
 
     A point is allowed when it is ``clamp(x + δ, low, high)`` with ``‖δ‖ ≤ epsilon``. For an image ``x`` that lies
     within ``[low, high]`` (always so under the ``sound`` protocol) that is the intersection of ball and range. For an
-    image outside it (``paper`` protocol: z-scores clamped to [0, 1]) it is what the authors' program explores.
+    image outside it (``paper`` protocol: z-scores clamped to [0, 1]) it is what the authors' program may return.
 
     Attributes:
         norm: ``"l2"`` or ``"linf"``.
@@ -42,8 +43,11 @@ class ThreatModel:
         if epsilon.ndim > (2 if self.norm == "linf" else 1):
             raise ValueError(f"epsilon has shape {tuple(epsilon.shape)}; (B,) is allowed, for linf also (B, C).")
         low, high = torch.as_tensor(self.low), torch.as_tensor(self.high)
-        if bool(low.isnan().any()) or bool(high.isnan().any()) or bool((low > high).any()):
-            raise ValueError("the intensity range is empty or not a number: low must be at most high everywhere.")
+        if bool(low.isnan().any()) or bool(high.isnan().any()):
+            raise ValueError("the intensity range is not a number.")
+        # Forms of different rank, such as (B, C) and a full shape, only meet once the images are known.
+        if (low.ndim == high.ndim or 0 in (low.ndim, high.ndim)) and bool((low > high).any()):
+            raise ValueError("the intensity range is empty: low must be at most high everywhere.")
 
     def radius(self, images: Tensor) -> Tensor:
         """``epsilon`` in a shape that broadcasts against ``images`` (B, C, *spatial)."""
@@ -61,7 +65,9 @@ class ThreatModel:
     def project(self, perturbed: Tensor, images: Tensor) -> Tensor:
         """Bring ``perturbed`` back: onto the ball around ``images``, then into the range.
 
-        Clamping moves every voxel towards an image that lies in the range, so the result stays in the ball.
+        Clamping moves every voxel towards an image that lies in the range, so the result stays in the ball. For an
+        image outside the range, what the clamp moves counts as part of δ, as in AutoAttack's own program: an L2 attack
+        under the ``paper`` protocol is therefore weaker than the set above would allow.
         """
         low, high = self.bounds(images)
         inside = images + project_ball(perturbed - images, self.norm, self.radius(images))
@@ -91,12 +97,12 @@ class ThreatModel:
 
     def select(self, index: Tensor) -> ThreatModel:
         """The threat model of the samples ``index`` of the batch."""
-        return replace(
-            self,
-            epsilon=_pick(self.epsilon, index, batched_from=1),
-            low=_pick(self.low, index, batched_from=2),
-            high=_pick(self.high, index, batched_from=2),
-        )
+        # A part of something valid is valid: checking it again would make a GPU wait, at every step of an attack.
+        part = copy.copy(self)
+        object.__setattr__(part, "epsilon", _pick(self.epsilon, index, batched_from=1))
+        object.__setattr__(part, "low", _pick(self.low, index, batched_from=2))
+        object.__setattr__(part, "high", _pick(self.high, index, batched_from=2))
+        return part
 
     def with_epsilon(self, epsilon: Bound) -> ThreatModel:
         """The same norm and range with another radius."""

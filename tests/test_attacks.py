@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from nnunet_ima.attacks import APGD, ATTACKS, BPGD, PGD, Attack, AttackResult, W
 from nnunet_ima.attacks.apgd import checkpoints
 from nnunet_ima.attacks.bpgd import BOUNDARY_SEARCHES, Boundary, bisect, generate_adversarial
 from nnunet_ima.attacks.oracle import Oracle
+from nnunet_ima.attacks.pgd import ascend
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.losses import SegmentationLoss
 from nnunet_ima.lp import NORMS
@@ -126,7 +128,7 @@ def test_frozen_channels_are_not_touched(attack_name, kind, seed, norm):
 @given(kinds, seeds, norms, st.integers(1, 3))
 def test_results_do_not_depend_on_the_batch(attack_name, kind, seed, norm, chunk):
     problem = make_problem(kind, seed, samples=4)
-    epsilon = torch.tensor([0.3, 2.0, 0.0, 1.0])
+    epsilon = torch.tensor([0.3, 100.0, 0.0, 3.0])
     threat = threat_for(problem.images, norm, epsilon)
     attack = SMALL_BUDGET[attack_name](threat, problem.criterion, seed=seed, chunk=chunk)
     together = attack(problem.network, problem.images, problem.targets)
@@ -311,6 +313,88 @@ def test_a_sample_whose_dice_is_zero_costs_no_further_pass():
         assert result.backward_passes.tolist() == [0] * 3
 
 
+class Same(nn.Module):
+    """Two channels of intensities are the logits of two classes."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+
+@pytest.mark.parametrize("make", [partial(PGD, steps=12), partial(APGD, steps=12, restarts=2)])
+def test_a_sample_that_leaves_on_the_way_changes_nothing_for_the_others(make):
+    images = torch.randn((4, 2, 8, 8), generator=seeded(0))
+    targets = (images[:, :1] < images[:, 1:]).float()
+    threat = ThreatModel("linf", torch.tensor([4.0, 0.3, 20.0, 0.5]))
+    attack = make(threat)
+    together = attack(Same(), images, targets)
+    left = together.dice == 0
+    assert left.tolist() == [True, False, True, False]
+    assert together.backward_passes[left].max() < together.backward_passes[~left].min()
+    assert together.backward_passes[left].max() > 1
+    for sample in range(4):
+        index = torch.tensor([sample])
+        alone = replace(attack, threat=threat.select(index))(Same(), images[index], targets[index])
+        assert torch.equal(alone.images, together.images[index])
+        assert torch.equal(alone.forward_passes, together.forward_passes[index])
+
+
+# White noise
+
+
+@few
+@given(seeds, st.floats(0.1, 5), norms)
+def test_white_noise_has_the_promised_size(seed, epsilon, norm):
+    problem = make_problem("2d classes", seed, samples=1)
+    network = Watched(problem.network)
+    WhiteNoise(ThreatModel(norm, epsilon), seed=seed, draws=3)(network, problem.images, problem.targets)
+    for noisy in network.seen[1:]:
+        noise = noisy - problem.images
+        if norm == "l2":
+            assert noise.norm().item() == pytest.approx(epsilon, rel=1e-4)
+        else:
+            assert noise.abs().max() <= epsilon + 1e-5
+        # Each voxel on its own, on both sides of zero.
+        assert 0.3 < (noise > 0).float().mean() < 0.7
+        assert len(noise.unique()) > noise.numel() / 2
+
+
+# PGD
+
+
+@every_norm
+@pytest.mark.parametrize("seed", range(3))
+def test_pgd_visits_the_points_of_equation_3(norm, seed):
+    problem = make_problem("2d classes", seed, samples=1)
+    problem = replace(problem, images=problem.images.double(), network=problem.network.double())
+    epsilon, steps = 0.5, 8
+    threat = threat_for(problem.images, norm, epsilon)
+    network = Watched(problem.network)
+    PGD(threat, problem.criterion, steps=steps, step_size=0.3)(network, problem.images, problem.targets)
+    point, expected = problem.images, [problem.images]
+    for _ in range(steps):
+        point = point.clone().requires_grad_(True)
+        loss = SegmentationLoss()(problem.network(point), problem.targets).sum()
+        (gradient,) = torch.autograd.grad(loss, point)
+        direction = gradient.sign() if norm == "linf" else gradient / gradient.norm()
+        point = threat.project(point.detach() + 0.3 * epsilon * direction, problem.images)
+        expected.append(point)
+    # The clean image, asked about once more as the start, and a last look at where the last step ended.
+    assert len(network.seen) == 1 + steps + 1
+    for found, wanted in zip(network.seen[1:], expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+@given(seeds, kinds, st.floats(0.1, 0.9))
+def test_frozen_voxels_do_not_shorten_the_step_of_the_others(seed, kind, step_size):
+    images = make_problem(kind, seed).images
+    low, high = images - 10, images + 10
+    low[:, 1] = high[:, 1] = images[:, 1]
+    threat = ThreatModel("l2", 2.0, low, high)
+    gradient = torch.randn(images.shape, generator=seeded(seed))
+    moved = ascend(threat, images, images, gradient, step_size) - images
+    assert moved.flatten(1).norm(dim=1).tolist() == pytest.approx([2.0 * step_size] * 3, rel=1e-4)
+
+
 # APGD
 
 
@@ -390,6 +474,32 @@ def test_apgd_visits_the_points_of_a_slow_algorithm_1(norm, seed):
     assert len(seen) == steps + 1
     for found, wanted in zip(seen, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+@every_norm
+def test_apgd_halves_its_step_where_the_highest_loss_stays_though_most_steps_raise_it(norm):
+    """Condition 2 alone: after a first high loss, a slow climb that never gets there again."""
+    problem = make_problem("2d classes", 0, samples=1)
+    images, steps, epsilon = problem.images.double(), 25, 0.4
+    gradient = torch.randn(images.shape, generator=seeded(1)).double()
+    heights = [100.0, *(float(step) for step in range(steps))]
+    calls = iter(heights)
+
+    def scripted(outputs: Tensor, targets: Tensor) -> Tensor:
+        slope = (outputs * gradient).flatten(1).sum(1)
+        return slope - slope.detach() + next(calls)
+
+    network = Watched(Same())
+    threat = ThreatModel(norm, epsilon)
+    targets = (images[:, :1] < images[:, 1:]).double()
+    APGD(threat, DiceCriterion(), scripted, steps=steps)(network, images, targets)
+    seen = network.seen[1:]
+    again = iter(heights)
+    expected = slow_apgd(
+        lambda _: (next(again), gradient), lambda p: threat.project(p, images), seen[0], epsilon, norm, steps
+    )
+    for found, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
 # The optimum of a linear network

@@ -97,6 +97,19 @@ def test_deep_supervision_weights_are_nnunets(outputs):
     assert deep_supervision_weights(1) == (1.0,)
 
 
+@given(kinds, seeds, st.integers(10, 18))
+def test_where_hardly_any_foreground_is_left_the_smoothing_is_nnunets(kind, seed, certainty):
+    """Then the smoothing term decides: it is as large as what it is added to."""
+    logits, target, labels = random_pair(kind, seed)
+    if labels.regions:
+        logits, target[:, :2] = logits - certainty, 0
+    else:
+        logits[:, 0] += certainty
+        target[target != IGNORE] = 0
+    theirs = [nnunet_loss(labels)(logits[i : i + 1], target[i : i + 1]) for i in range(len(logits))]
+    torch.testing.assert_close(SegmentationLoss(labels)(logits, target), torch.stack(theirs), rtol=1e-4, atol=1e-6)
+
+
 def test_the_smoothing_term_is_still_that_of_nnunets_trainer():
     source = inspect.getsource(nnUNetTrainer._build_loss)
     assert source.count("'smooth': 1e-5") == 2

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import optimize, stats
 from tiny_networks import seeded
@@ -144,6 +144,8 @@ def test_a_ball_of_radius_zero_holds_only_its_centre(norm):
 
 
 @given(seeds, shapes, norms, st.integers(-40, 37))
+@example(0, (2, 3, 3, 3), "l2", -43)  # below the normal numbers of single precision
+@example(0, (4, 2, 8, 8), "l2", 38)  # the norm itself is above the largest of them
 def test_steepest_direction_has_norm_one_and_rises_fastest(seed, shape, norm, exponent):
     gradient = perturbations(seed, shape)
     # Never wholly zero, and never above what single precision holds, whatever the exponent.

@@ -146,6 +146,14 @@ def test_the_best_point_that_was_asked_about_is_kept(kind, seed, questions):
         assert torch.equal(best.images[sample], next(point for dice, point in seen if dice == lowest))
 
 
+def test_of_points_of_equal_dice_the_first_is_kept():
+    best = BestSoFar(torch.zeros(1, 1, 2, 2))
+    index, dice = torch.tensor([0]), torch.tensor([0.5])
+    best.update(index, torch.ones(1, 1, 2, 2), dice)
+    best.update(index, 2 * torch.ones(1, 1, 2, 2), dice)
+    assert best.images.unique().tolist() == [1.0]
+
+
 def test_the_best_point_is_kept_as_a_copy():
     images = torch.zeros(2, 1, 2, 2)
     best = BestSoFar(images)

@@ -5,7 +5,7 @@ import math
 from dataclasses import fields
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nnunet_ima.errors import UserError
@@ -138,6 +138,7 @@ def test_the_step_lets_a_margin_reach_epsilon_within_a_third_of_its_visits_if_th
 
 
 @given(st.floats(0, 1e300), st.floats(0, 1e9))
+@example(5e-324, 1e9)
 def test_the_step_is_positive_for_every_epsilon(epsilon, visits):
     assert 0 < default_delta_epsilon(epsilon, visits) < math.inf
 

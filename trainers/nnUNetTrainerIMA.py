@@ -14,7 +14,7 @@ from nnunet_ima.attacks.bpgd import generate_adversarial
 from nnunet_ima.attacks.oracle import Oracle, undisturbed
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.lp import random_on_sphere
-from nnunet_ima.margins import MarginTable, SampleId
+from nnunet_ima.margins import MarginTable, SampleId, updated_margins
 from nnunet_ima.settings import expected_visits
 from nnunet_ima.threat import ThreatModel
 from nnunet_ima.trainers.nnUNetTrainerAdversarial import Step, nnUNetTrainerAdversarial
@@ -192,17 +192,3 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         self.margins.load_state_dict(state["margins"])
         self.histograms = [list(histogram) for histogram in state["histograms"]]
         self.print_to_log_file(f"IMA continues with the margins of {len(self.margins)} samples.")
-
-
-def updated_margins(margins: Tensor, distance: Tensor, correct: Tensor, crossed: Tensor, step: float) -> Tensor:
-    """Lines 13 to 17 of Algorithm 1, each (n,): expand where nothing crossed, shrink where the boundary was overshot.
-
-    Args:
-        margins: E.
-        distance: ‖x − x̃‖.
-        correct: whether the final perturbed sample is correct.
-        crossed: β, whether a crossing was found on the way.
-        step: Δε.
-    """
-    expanded = torch.where(correct & ~crossed, margins + step, margins)
-    return torch.where(~correct & crossed, (distance + margins) / 2, expanded)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -56,6 +57,15 @@ class Attack(ABC):
     seed: int = 0
     chunk: int | None = None
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; it must be at least 1, or None for no chunks.")
+        shared = {field.name for field in fields(Attack)}
+        for budget in fields(self):
+            value = getattr(self, budget.name)
+            if budget.name not in shared and isinstance(value, (int, float)) and not 0 <= value < math.inf:
+                raise ValueError(f"{self.name}: {budget.name} is {value}; it must be a number not below 0.")
 
     def __call__(self, network: nn.Module, images: Tensor, targets: Outputs) -> AttackResult:
         """Attack ``images`` (B, C, *spatial) of ``network`` with ``targets`` (B, 1 or R, *spatial).

@@ -111,9 +111,10 @@ def bisect(
 
 @dataclass(frozen=True)
 class BPGD(Attack):
-    """GenAdv as an attack: how far must an image go, within ε, until its Dice falls under the threshold?
+    """GenAdv as an attack: PGD that is content when the Dice has fallen under the threshold.
 
-    It stops at the boundary, so its Dice stays close to the threshold: a measure of margins, not a strong attack.
+    It returns the point with the lowest Dice on its way, which is usually the first wrong one; it does not go on from
+    there, so its Dice stays close to the threshold. It shows how many samples can be made wrong, not how wrong.
     """
 
     name: ClassVar[str] = "bpgd"

@@ -78,7 +78,11 @@ class Oracle:
         self.backward_passes = torch.zeros(samples, dtype=torch.long)
 
     def dice(self, images: Tensor, index: Tensor) -> Tensor:
-        """Dice (n,) of ``images`` (n, C, *spatial), which are candidates for the samples ``index`` (n,)."""
+        """Dice (n,) of ``images`` (n, C, *spatial), which are candidates for the samples ``index`` (n,).
+
+        Raises:
+            UserError: the output is NaN or infinite, in single precision too.
+        """
         with torch.no_grad():
             parts = [self._dice_of(*part) for part in self._parts(images, index)]
         return self._record(images, index, _cat(parts, images))
@@ -113,6 +117,11 @@ class Oracle:
     def _dice_of(self, images: Tensor, targets: Outputs, real: int) -> Tensor:
         with self._autocast():
             logits = first(self._network(images))
+        if not bool(torch.isfinite(logits[:real]).all()):
+            # Half precision overflowed. NaN logits would read as class 0, and so as a success.
+            logits = first(self._network(images))
+            if not bool(torch.isfinite(logits[:real]).all()):
+                raise UserError("the network cannot be attacked: its output is NaN or infinite.")
         return self._criterion.dice(logits, first(targets))[:real].float()
 
     def _ascent_of(self, images: Tensor, targets: Outputs, real: int) -> Ascent:
