@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -33,12 +34,15 @@ class Method:
         trainer: nnU-Net's name of the trainer.
         settings: what stands under the key ``nnunet_ima`` of its configuration.
         start: the method whose weights it starts from, None for random weights.
+        cases: train on this many of fold 0's training cases only, so that each sample is visited more often; None for
+            all. The validation cases stay the same.
     """
 
     title: str
     trainer: str
     settings: Mapping[str, Any]
     start: Method | None = None
+    cases: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,13 +130,14 @@ class Pipeline:
         write_text(dataset / f"{self.plans_name}.json", json.dumps(plans, indent=2))
 
     def train(self, dataset: Path, method: Method) -> None:
-        """Train fold 0 of a method, or continue where a stopped training left off."""
-        command = ["nnUNetv2_train", dataset.name, self.configuration(method), "0", "-tr", method.trainer]
+        """Train a method, or continue where a stopped training left off."""
+        fold = str(self.fold(dataset, method))
+        command = ["nnUNetv2_train", dataset.name, self.configuration(method), fold, "-tr", method.trainer]
         command += ["-p", self.plans_name, "-device", self.device]
-        if (self.model(dataset, method) / "fold_0" / "checkpoint_latest.pth").is_file():
+        if (self.fold_folder(dataset, method) / "checkpoint_latest.pth").is_file():
             command.append("--c")
         elif method.start is not None:
-            start = self.model(dataset, method.start) / "fold_0" / "checkpoint_final.pth"
+            start = self.fold_folder(dataset, method.start) / "checkpoint_final.pth"
             command += ["-pretrained_weights", str(start)]
         self.once(f"train_{self.key(method)}", command, "Epoch ", method.settings["num_epochs"])
 
@@ -140,6 +145,7 @@ class Pipeline:
         """Attack a trained method; returns the folder of the results."""
         folder = self.output / f"{attacks.name}_{self.key(method)}"
         command = ["nnunet_ima", "evaluate", "-m", str(self.model(dataset, method)), "-device", self.device]
+        command += ["-f", str(self.fold(dataset, method))]
         command += ["--levels", *attacks.levels, "--attacks", *attacks.attacks, "-o", str(folder)]
         command += ["--norm", attacks.norm, "--protocol", attacks.protocol, *attacks.further]
         self.once(f"{attacks.name}_{self.key(method)}", command)
@@ -150,13 +156,32 @@ class Pipeline:
         name = f"{method.trainer}__{self.plans_name}__{self.configuration(method)}"
         return self.folders["nnUNet_results"] / dataset.name / name
 
+    def fold(self, dataset: Path, method: Method) -> int:
+        """Fold 0, or for a method with fewer cases a fold of its own, added to nnU-Net's splits."""
+        if method.cases is None:
+            return 0
+        file = dataset / "splits_final.json"
+        if not file.is_file():
+            raise UserError(f"{file} is missing: train a method on all cases first, nnU-Net then makes it.")
+        splits = json.loads(file.read_text(encoding="utf-8"))
+        chosen = sorted(random.Random(0).sample(sorted(splits[0]["train"]), min(method.cases, len(splits[0]["train"]))))
+        mine = {"train": chosen, "val": splits[0]["val"]}
+        if mine not in splits:
+            splits.append(mine)
+            write_text(file, json.dumps(splits, indent=4))
+        return int(splits.index(mine))
+
+    def fold_folder(self, dataset: Path, method: Method) -> Path:
+        """nnU-Net's folder of a trained method's fold."""
+        return self.model(dataset, method) / f"fold_{self.fold(dataset, method)}"
+
     def configuration(self, method: Method) -> str:
         """Name of a method's configuration."""
         return f"{self.network.name}_{self.key(method)}"
 
     def key(self, method: Method) -> str:
         """Short name of a method, for files."""
-        own = method.trainer.removeprefix("nnUNetTrainer")
+        own = method.trainer.removeprefix("nnUNetTrainer") + (f"_{method.cases}cases" if method.cases else "")
         return own if method.start is None else f"{own}_from_{self.key(method.start)}"
 
     def once(self, step: str, command: Sequence[str], counted: str = "", total: int | None = None) -> None:
