@@ -78,6 +78,11 @@ class CaseLevel:
         file = self._cases.base / "gt_segmentations" / (case.name + self._model.dataset_json["file_ending"])
         if not file.is_file():
             raise UserError(f"The reference segmentation {file} is missing; preprocess the dataset again.")
-        reference, _ = self._model.plans.image_reader_writer_class().read_seg(str(file))
+        try:
+            reference, _ = self._model.plans.image_reader_writer_class().read_seg(str(file))
+        except (RuntimeError, OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"The reference segmentation {file} cannot be read; preprocess the dataset again."
+            ) from error
         # nnU-Net keeps the spacing in the order of the array's axes.
         return np.asarray(reference[0]), [float(value) for value in case.properties["spacing"]]

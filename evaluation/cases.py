@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,7 @@ class ValidationCases:
             image, segmentation, previous, properties = dataset.load_case(name)
             image, segmentation = np.asarray(image[:], np.float32), np.asarray(segmentation[:], np.int16)
             previous = None if previous is None else np.asarray(previous[:], np.int16)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, LookupError, UnpicklingError) as error:
             raise UserError(
                 f"The preprocessed case {name} in {self.folder} cannot be read; preprocess again."
             ) from error

@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         print(f"nnunet_ima: {_sentence(error)}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print(
+            "nnunet_ima: The GPU's memory is not enough; close what else uses it, or use -device cpu.", file=sys.stderr
+        )
     return 2
 
 

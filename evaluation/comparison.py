@@ -131,7 +131,8 @@ def _lead(summaries: Sequence[Mapping[str, Any]], attack: str, phantom: bool) ->
     return (
         f"<p class=lead>Both models were given the same {summaries[0]['clean']['n_samples']} validation slices, each "
         f"changed by {html.escape(attack)} as much as level {html.escape(level['level'])} allows "
-        f"({html.escape(summaries[0]['protocol']['unit'])}).{made_up}</p>"
+        f"({html.escape(summaries[0]['protocol']['unit'])}). Of the levels measured, this is the one at which "
+        f"the models differ most; the others are below.{made_up}</p>"
     )
 
 

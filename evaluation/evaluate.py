@@ -14,7 +14,7 @@ from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.environment import choose_device
-from nnunet_ima.evaluation.models import Fold, find_model_folder, load_model
+from nnunet_ima.evaluation.models import Fold, find_model_folder, load_model, read_json
 from nnunet_ima.evaluation.pictures import draw_dice_against_level, draw_worst
 from nnunet_ima.evaluation.protocols import Protocol, ProtocolName, parse_level
 from nnunet_ima.evaluation.run import Evaluation
@@ -66,6 +66,7 @@ def evaluate(request: Request, progress: bool = True) -> Path:
     model = load_model(_model_folder(request), _read_fold(request.fold), request.checkpoint, device)
     output = request.output or _default_output(model.checkpoint, request)
     _make_writable(output)
+    _refuse_other_results(output, request.command)
     evaluation = Evaluation(
         model=model,
         protocol=protocol,
@@ -80,14 +81,15 @@ def evaluate(request: Request, progress: bool = True) -> Path:
         progress=progress,
     )
     outcomes = evaluation.run()
-    if not outcomes[0].samples:
-        raise UserError(f"No validation case of fold {request.fold} holds any foreground, so nothing can be measured.")
     summary = summarise(evaluation, outcomes, request.command)
+    # It stands for a complete set: an older one must not stay beside newer tables if writing these fails.
+    (output / "summary.json").unlink(missing_ok=True)
+    # The tables first: no picture is worth the attacks of a night.
+    write_all(output, evaluation, outcomes, summary)
     draw_dice_against_level(summary, output / "dice_against_level.png")
     # The panel shows the condition that took most Dice off the samples.
     strongest = min(outcomes[1:], key=lambda o: sum(score.dice for score in o.samples))
     draw_worst(strongest, summary["classes"], output / "worst_samples.png")
-    write_all(output, evaluation, outcomes, summary)
     return output
 
 
@@ -102,7 +104,7 @@ def _model_folder(request: Request) -> Path:
 def _read_fold(text: str) -> Fold:
     if text == "all":
         return text
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"The fold {text!r} is neither a number nor all.")
     return int(text)
 
@@ -117,12 +119,23 @@ def _make_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".{os.getpid()}.tmp"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
+        try:
+            probe.write_bytes(b"\0" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"The disk of the folder {folder} is full; make room or choose another with -o.") from error
         raise UserError(f"The output folder {folder} cannot be written to; choose another one with -o.") from error
+
+
+def _refuse_other_results(folder: Path, command: str) -> None:
+    """The same command may be repeated; results of another one are not overwritten."""
+    file = folder / "summary.json"
+    if file.is_file() and read_json(file).get("command") != command:
+        raise UserError(
+            f"{folder} holds the results of another command; move them away or choose another folder with -o."
+        )
 
 
 def _use_all_cores(device: torch.device) -> None:

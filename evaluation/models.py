@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
+import inspect
 import json
 import pydoc
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +77,7 @@ class TrainedModel:
     @property
     def channels(self) -> int:
         """Image channels, without the one-hot channels of a cascade."""
-        return len(self.dataset_json["channel_names"])
+        return len(self.dataset_json.get("modality") or self.dataset_json["channel_names"])
 
     def describe(self) -> dict[str, Any]:
         """For reports."""
@@ -129,7 +133,10 @@ def load_model(folder: Path, fold: Fold, checkpoint_name: str, device: torch.dev
         trainer = str(checkpoint["trainer_name"])
         network = _build_network(trainer, plans, configuration, dataset_json)
         network.load_state_dict(checkpoint["network_weights"])
-    axes = checkpoint.get("inference_allowed_mirroring_axes")
+        axes = checkpoint.get("inference_allowed_mirroring_axes")
+        mirroring_axes = None if axes is None else tuple(int(axis) for axis in axes)
+        _check_fields(plans, configuration, dataset_json)
+        _try_shapes(network, determine_num_input_channels(plans, configuration, dataset_json), configuration.patch_size)
     return TrainedModel(
         folder=folder,
         fold=fold,
@@ -141,7 +148,7 @@ def load_model(folder: Path, fold: Fold, checkpoint_name: str, device: torch.dev
         configuration_name=configuration_name,
         configuration=configuration,
         dataset_json=dataset_json,
-        mirroring_axes=None if axes is None else tuple(int(axis) for axis in axes),
+        mirroring_axes=mirroring_axes,
     )
 
 
@@ -159,14 +166,22 @@ def safe_load(file: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(scalars):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+    except (
+        UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        # torch writes zip files; what is none was cut off or is something else altogether.
+        if isinstance(error, UnpicklingError) and zipfile.is_zipfile(file):
             raise UserError(
                 f"The checkpoint {file} holds more than numbers, and reading it would run code; get one written by "
                 f"nnU-Net."
             ) from error
-        raise UserError(f"The checkpoint {file} is damaged; copy it again or train again.") from error
-    except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"The checkpoint {file} is damaged or cut off; copy it again or train again.") from error
     if not isinstance(checkpoint, dict) or not {"network_weights", "trainer_name", "init_args"} <= checkpoint.keys():
         raise UserError(f"The file {file} is no checkpoint of nnU-Net v2; give one of its checkpoint_*.pth.")
@@ -207,20 +222,52 @@ def _build_network(
     try:
         with our_trainers_too():
             trainer_class = recursive_find_trainer_class_by_name(trainer)
-    except RuntimeError:
+    except (RuntimeError, AssertionError):
         raise UserError(
             f"The model was trained by {trainer}, which is not found; add its folder to the environment variable "
             f"nnUNet_extTrainer."
         ) from None
     _refuse_foreign_code(configuration)
-    network: nn.Module = trainer_class.build_network_architecture(
-        plans,
-        configuration,
-        determine_num_input_channels(plans, configuration, dataset_json),
-        plans.get_label_manager(dataset_json).num_segmentation_heads,
-        enable_deep_supervision=False,
-    )
+    channels = determine_num_input_channels(plans, configuration, dataset_json)
+    heads = plans.get_label_manager(dataset_json).num_segmentation_heads
+    build = trainer_class.build_network_architecture
+    if "plans_manager" in inspect.signature(build).parameters:
+        network: nn.Module = build(plans, configuration, channels, heads, enable_deep_supervision=False)
+    else:  # the signature of trainers written for nnU-Net before 2.7, which it still supports
+        network = build(
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            channels,
+            heads,
+            enable_deep_supervision=False,
+        )
     return network
+
+
+def _check_fields(plans: PlansManager, configuration: ConfigurationManager, dataset_json: Mapping[str, Any]) -> None:
+    """Look now at what is needed later, where a field that is missing or of the wrong kind would be a traceback."""
+    patch_size = list(configuration.patch_size)
+    if len(patch_size) not in (2, 3) or not all(isinstance(size, int) and size > 0 for size in patch_size):
+        raise ValueError(f"patch_size is {patch_size}")
+    names = {
+        "dataset_name": plans.dataset_name,
+        "plans_name": plans.plans_name,
+        "data_identifier": configuration.data_identifier,
+        "file_ending": dataset_json["file_ending"],
+    }
+    wrong = [name for name, value in names.items() if not isinstance(value, str)]
+    if wrong:
+        raise TypeError(f"{wrong[0]} is {names[wrong[0]]!r}")
+    if not dataset_json.get("modality", dataset_json.get("channel_names")):
+        raise ValueError("channel_names is empty or missing")
+
+
+def _try_shapes(network: nn.Module, channels: int, patch_size: Sequence[int]) -> None:
+    """Run a patch through a copy of the network that has shapes but no numbers, which costs nothing."""
+    # Not every operation of a network of somebody's own knows how to run without numbers.
+    with torch.no_grad(), contextlib.suppress(NotImplementedError):
+        copy.deepcopy(network).to("meta").eval()(torch.empty((1, channels, *patch_size), device="meta"))
 
 
 def _refuse_foreign_code(configuration: ConfigurationManager) -> None:
@@ -240,6 +287,9 @@ def _sentences_for(file: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (KeyError, RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
+    except (LookupError, RuntimeError, ValueError, TypeError, ImportError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"The network of {file} does not fit the plans.json beside it ({reason}).") from error
+        where = file.parents[1]
+        raise UserError(
+            f"The network of {file} does not fit the plans.json and dataset.json in {where} ({reason})."
+        ) from error

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -116,6 +117,10 @@ class Pipeline:
         if others:
             raise UserError(f"{self.output} already holds work on {others[0]}; give another output folder.")
         number = str(task_number(view))
+        if not (self.output / "logs" / "convert.done").is_file():
+            # What a killed conversion left: nnU-Net refuses to convert into a dataset that is there.
+            for half in self.folders["nnUNet_raw"].glob(f"Dataset{int(number):03d}_*"):
+                shutil.rmtree(half)
         self.once("convert", ["nnUNetv2_convert_MSD_dataset", "-i", str(view), "-np", "2"])
         plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.network.parent, "-np", "2"]
         self.once("plan", [*plan, "--verify_dataset_integrity"])
@@ -134,12 +139,17 @@ class Pipeline:
         fold = str(self.fold(dataset, method))
         command = ["nnUNetv2_train", dataset.name, self.configuration(method), fold, "-tr", method.trainer]
         command += ["-p", self.plans_name, "-device", self.device]
-        if (self.fold_folder(dataset, method) / "checkpoint_latest.pth").is_file():
+        there = {file.name for file in self.fold_folder(dataset, method).glob("checkpoint_*.pth")}
+        if "checkpoint_final.pth" in there:
+            command.append("--val")
+        elif there:
             command.append("--c")
         elif method.start is not None:
             start = self.fold_folder(dataset, method.start) / "checkpoint_final.pth"
             command += ["-pretrained_weights", str(start)]
-        self.once(f"train_{self.key(method)}", command, "Epoch ", method.settings["num_epochs"])
+        step = f"train_{self.key(method)}"
+        self._refuse_other_settings(step, method)
+        self.once(step, command, "Epoch ", method.settings["num_epochs"])
 
     def evaluate(self, dataset: Path, method: Method, attacks: Attacks) -> Path:
         """Attack a trained method; returns the folder of the results."""
@@ -148,13 +158,27 @@ class Pipeline:
         command += ["-f", str(self.fold(dataset, method))]
         command += ["--levels", *attacks.levels, "--attacks", *attacks.attacks, "-o", str(folder)]
         command += ["--norm", attacks.norm, "--protocol", attacks.protocol, *attacks.further]
-        self.once(f"{attacks.name}_{self.key(method)}", command)
+        step = f"{attacks.name}_{self.key(method)}"
+        if not self.is_done(step, command):
+            # Half a result, or one of other attacks, that was made here.
+            shutil.rmtree(folder, ignore_errors=True)
+        self.once(step, command)
         return folder
 
     def model(self, dataset: Path, method: Method) -> Path:
         """nnU-Net's folder of a trained method."""
         name = f"{method.trainer}__{self.plans_name}__{self.configuration(method)}"
         return self.folders["nnUNet_results"] / dataset.name / name
+
+    def _refuse_other_settings(self, step: str, method: Method) -> None:
+        """A model that was trained with other settings must not pass for one trained with these."""
+        file = self.output / "logs" / f"{step}.settings.json"
+        wanted = json.dumps(dict(method.settings), sort_keys=True)
+        if file.is_file() and file.read_text(encoding="utf-8") != wanted:
+            raise UserError(
+                f"{method.title} was trained with other settings in {self.output}; remove that folder or give another."
+            )
+        write_text(file, wanted)
 
     def fold(self, dataset: Path, method: Method) -> int:
         """Fold 0, or for a method with fewer cases a fold of its own, added to nnU-Net's splits."""
@@ -191,7 +215,8 @@ class Pipeline:
             UserError: the command failed; its last line and its log are named.
         """
         done = self.output / "logs" / f"{step}.done"
-        if done.is_file():
+        # How a training was started or continued does not matter; its settings were compared.
+        if done.is_file() if counted else self.is_done(step, command):
             return
         log = self.output / "logs" / f"{step}.log"
         started = time.time()
@@ -208,9 +233,10 @@ class Pipeline:
             raise UserError(f"The step {step} failed: {_last_line(log)} (all of it in {log}).")
         write_text(done, json.dumps({"seconds": round(time.time() - started, 1), "command": list(command)}))
 
-    def seconds(self, step: str) -> float:
-        """How long a finished step took."""
-        return float(json.loads((self.output / "logs" / f"{step}.done").read_text(encoding="utf-8"))["seconds"])
+    def is_done(self, step: str, command: Sequence[str]) -> bool:
+        """Whether a step ended well before, by this very command; an attack with fewer steps is another one."""
+        done = self.output / "logs" / f"{step}.done"
+        return done.is_file() and json.loads(done.read_text(encoding="utf-8"))["command"] == list(command)
 
     def _environment(self) -> dict[str, str]:
         return {

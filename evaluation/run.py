@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_ima.attacks import Attack
-from nnunet_ima.attacks.oracle import undisturbed
+from nnunet_ima.attacks.oracle import finite_logits, undisturbed
 from nnunet_ima.dice import DiceCriterion, confusion, sample_dice
+from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import AttackChoice
 from nnunet_ima.evaluation.case_level import CaseLevel
 from nnunet_ima.evaluation.cases import Case, Place, Sample, ValidationCases
@@ -114,6 +115,10 @@ class Evaluation:
         """All outcomes, clean first."""
         cases = ValidationCases(self.model)
         selection = select_samples(cases, self.max_samples, self.seed, self.progress)
+        if not selection.samples:
+            raise UserError(
+                f"No validation case of fold {self.model.fold} holds any foreground, so nothing can be measured."
+            )
         runner = _Runner(self, cases, selection)
         conditions: list[tuple[AttackChoice | None, Level | None]] = [(None, None)]
         if self.protocol.name == "paper":
@@ -163,9 +168,14 @@ class _Runner:
         self.evaluation, self.cases, self.selection = evaluation, cases, selection
         self.model = evaluation.model
         self.case_level = CaseLevel(cases, evaluation.device) if evaluation.case_level else None
+        # nnU-Net's predictor lets cuDNN choose kernels by timing them; a result must not depend on that.
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
         self.clean_dice: dict[Sample, float] = {}
         voxels, device = int(np.prod(self.model.configuration.patch_size)), evaluation.device.type
-        self.chunk = int(np.clip(CHUNK_VOXELS[device] // voxels, 1, LARGEST_CHUNK[device]))
+        # What fitted into memory in training fits here, too.
+        most = min(LARGEST_CHUNK[device], self.model.configuration.batch_size)
+        self.chunk = int(np.clip(CHUNK_VOXELS[device] // voxels, 1, most))
 
     def condition(self, choice: AttackChoice | None, level: Level | None, bar: tqdm[None]) -> Outcome:
         name = CLEAN if choice is None else choice.name
@@ -236,8 +246,7 @@ class _Runner:
             for start in range(0, len(images), self.chunk):
                 part = images[start : start + self.chunk]
                 filled = torch.cat([part, part.new_zeros((self.chunk - len(part), *part.shape[1:]))])
-                with self._autocast()():
-                    parts.append(self.model.network(filled)[: len(part)].float())
+                parts.append(finite_logits(self.model.network, filled, self._autocast(), len(part))[: len(part)])
         return torch.cat(parts)
 
     def _autocast(self) -> Callable[[], AbstractContextManager[object]]:

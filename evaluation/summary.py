@@ -51,6 +51,7 @@ def summarise(evaluation: Evaluation, outcomes: Sequence[Outcome], command: str)
         "classes": [_name_of(region, evaluation.model.dataset_json) for region in evaluation.model.foreground],
         "seed": evaluation.seed,
         "max_samples": evaluation.max_samples,
+        # Of a fold other than all, only the splits file beside the preprocessed data tells; it is taken at its word.
         "trained_on_these_cases": evaluation.model.fold == "all",
         "device": str(evaluation.device),
         "command": command,

@@ -26,3 +26,9 @@ def write_text(file: Path, text: str) -> None:
     """Write ``text`` to ``file``, whole or not at all."""
     with atomic_path(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that a killed process left in ``folder``; no other process may be writing there."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)

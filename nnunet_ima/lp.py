@@ -28,7 +28,9 @@ def lp_norm(delta: Tensor, norm: Norm) -> Tensor:
     """
     flat = delta.flatten(1)
     if norm == "l2":
-        return flat.double().square().sum(1).sqrt().to(delta.dtype)
+        # MPS knows no double precision.
+        precise = flat if flat.device.type == "mps" else flat.double()
+        return precise.square().sum(1).sqrt().to(delta.dtype)
     return flat.abs().amax(1)
 
 
@@ -63,23 +65,32 @@ With one each, a sample's draw does not depend on the batch it is in.
 """
 
 
-def random_in_ball(like: Tensor, norm: Norm, radius: Tensor, generators: Generators) -> Tensor:
-    """Random perturbations inside the ball: uniform for Linf; for L2 a uniform direction with a uniform radius."""
-    if norm == "linf":
-        return (2 * draw_uniform(like, generators) - 1) * radius
-    share = draw_uniform(like[:, :1].flatten(1)[:, :1], generators)[:, 0]
-    return random_on_sphere(like, "l2", radius, generators) * per_sample(share, like)
+def random_in_ball(
+    like: Tensor, norm: Norm, radius: Tensor, generators: Generators, where: Tensor | bool = True
+) -> Tensor:
+    """Random perturbations inside the ball: uniform for Linf; for L2 a uniform direction with a uniform radius.
 
-
-def random_on_sphere(like: Tensor, norm: Norm, radius: Tensor, generators: Generators) -> Tensor:
-    """Random perturbations of norm ``radius``: a uniform direction (L2) or a rescaled uniform cube (Linf).
-
-    With one Linf radius a channel, the channel that holds the largest entry reaches its radius.
+    Zero where ``where`` (broadcastable to ``like``) is False.
     """
     if norm == "linf":
-        noise = 2 * draw_uniform(like, generators) - 1
-        return noise / per_sample(lp_norm(noise, "linf"), noise) * radius
-    return steepest_direction(draw_normal(like, generators), "l2") * radius
+        return (2 * draw_uniform(like, generators) - 1) * radius * where
+    share = draw_uniform(like[:, :1].flatten(1)[:, :1], generators)[:, 0]
+    return random_on_sphere(like, "l2", radius, generators, where) * per_sample(share, like)
+
+
+def random_on_sphere(
+    like: Tensor, norm: Norm, radius: Tensor, generators: Generators, where: Tensor | bool = True
+) -> Tensor:
+    """Random perturbations of norm ``radius``: a uniform direction (L2) or a rescaled uniform cube (Linf).
+
+    Zero where ``where`` (broadcastable to ``like``) is False. With one Linf radius a channel, the channel that holds
+    the largest entry reaches its radius.
+    """
+    if norm == "linf":
+        noise = (2 * draw_uniform(like, generators) - 1) * where
+        largest = per_sample(lp_norm(noise, "linf"), noise)
+        return noise / torch.where(largest > 0, largest, torch.ones_like(largest)) * radius
+    return steepest_direction(draw_normal(like, generators) * where, "l2") * radius
 
 
 def draw_uniform(like: Tensor, generators: Generators) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import numpy.typing as npt
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from PIL import Image
 
 from nnunet_ima.files import atomic_path
 
@@ -38,30 +39,32 @@ class AdversarialLogger(LocalLogger):
         if not self.panels:
             return
         picture = Path(output_folder) / "progress.png"
-        stock = plt.imread(picture)
-        stacked = np.concatenate([stock[..., :3], self._draw_panels(width=stock.shape[1])])
+        with Image.open(picture) as stock:
+            panels = self._draw_panels(stock.width)
+            stacked = Image.new("RGB", (stock.width, stock.height + panels.height), "white")
+            stacked.paste(stock.convert("RGB"), (0, 0))
+        stacked.paste(panels, (0, stacked.height - panels.height))
         with atomic_path(picture) as temporary:
-            plt.imsave(temporary, stacked, format="png")
+            stacked.save(temporary, format="png", compress_level=1)
 
-    def _draw_panels(self, width: int) -> npt.NDArray[np.float64]:
-        """The panels as an image (height, width, 3) in [0, 1]."""
-        # nnU-Net draws 30 inches wide in fonts of 2.5 times the usual size; the same here.
-        dpi = width / 30
-        figure, all_axes = plt.subplots(
-            len(self.panels), 1, figsize=(30, 18 * len(self.panels)), dpi=dpi, squeeze=False
-        )
-        for panel, axes in zip(self.panels, all_axes[:, 0], strict=True):
+    def _draw_panels(self, width: int) -> Image.Image:
+        """The panels as an image of the given width."""
+        # nnU-Net draws 30 inches wide in fonts of 2.5 times the usual size; the same here, but flatter.
+        dpi, rows = width / 30, (len(self.panels) + 1) // 2
+        figure, all_axes = plt.subplots(rows, 2, figsize=(30, 9 * rows), dpi=dpi, squeeze=False)
+        for panel, axes in zip(self.panels, all_axes.flat, strict=False):
             for key, legend in panel.curves.items():
                 values = self.my_fantastic_logging[key]
                 axes.plot(range(len(values)), values, linewidth=4, label=legend)
             axes.set_xlabel("epoch")
             axes.set_ylabel(panel.label)
-            axes.legend()
+            axes.legend(fontsize="x-small")
         figure.tight_layout()
-        figure.canvas.draw()
-        pixels = np.asarray(figure.canvas.buffer_rgba())[:, :width, :3].astype(float) / 255
+        pixels = BytesIO()
+        figure.savefig(pixels, format="png")
         plt.close(figure)
-        return pixels
+        pixels.seek(0)
+        return Image.open(pixels).convert("RGB")
 
 
 def draw_margins(histograms: Sequence[Sequence[int]], maximum: float, unit: str, file: Path) -> None:

@@ -7,7 +7,7 @@ import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from torch import distributed as dist
 from nnunet_ima import __version__
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
-from nnunet_ima.files import atomic_path, write_text
+from nnunet_ima.files import atomic_path, remove_leftovers, write_text
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, SegmentationLoss
 from nnunet_ima.margins import SampleId
@@ -65,6 +65,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's own signature)
     ) -> None:
         with _exit_with_sentence():
+            if type(self).adversarial_step is nnUNetTrainerAdversarial.adversarial_step:
+                raise UserError(f"{type(self).__name__} is only the base of trainers; use -tr nnUNetTrainerIMA.")
             self.overrides = _read_overrides(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr"):
@@ -87,6 +89,11 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         """How nnU-Net's targets are to be read."""
         return Labels(self.label_manager.has_regions, self.label_manager.ignore_label)
 
+    @property
+    def image_channels(self) -> int:
+        """Channels of the image, without the one-hot channels of a cascade; older datasets call them modalities."""
+        return len(self.dataset_json.get("modality") or self.dataset_json["channel_names"])
+
     def on_train_start(self) -> None:
         """Start as nnU-Net does, then put settings and state together and say what they are."""
         with _exit_with_sentence():
@@ -96,6 +103,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                     f"older version), so the training cannot be continued with --c; start a new one from its weights "
                     f"with -pretrained_weights {self._resumed_from}."
                 )
+            if self.local_rank == 0:
+                remove_leftovers(Path(self.output_folder))
             super().on_train_start()
             self._configure()
 
@@ -103,7 +112,10 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         shapes = self._training_shapes()
         samples = sum(count_tiles(shape, self.configuration_manager.patch_size) for shape in shapes)
         self.configured = configure(self.overrides, self.plan(), samples)
-        self.settings = self.configured.settings
+        # What is said to be in force is: a length that was left to nnU-Net is nnU-Net's.
+        lengths = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr")
+        self.settings = replace(self.configured.settings, **{name: getattr(self, name) for name in lengths})
+        self.configured = Configured(self.settings, self.configured.origins)
         self.criterion = DiceCriterion(self.settings.dice_threshold, self.settings.dice_reduction, self.labels)
         # nnU-Net's loss with one value a sample, with its deep-supervision weights.
         self.sample_loss = SegmentationLoss(self.labels, getattr(self.loss, "weight_factors", None))
@@ -123,7 +135,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         return Plan(
             dataset=self.plans_manager.dataset_name,
             patch_size=tuple(self.configuration_manager.patch_size),
-            channels=len(self.dataset_json["channel_names"]),
+            channels=self.image_channels,
             num_epochs=self.num_epochs,
             num_iterations_per_epoch=self.num_iterations_per_epoch,
             batch_size=self.configuration_manager.batch_size,
@@ -170,7 +182,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         """
         low, high = image_range(images)
         threat = ThreatModel(self.settings.norm, epsilon, low, high)
-        return freeze_channels(threat, images, range(len(self.dataset_json["channel_names"]), images.shape[1]))
+        return freeze_channels(threat, images, range(self.image_channels, images.shape[1]))
 
     # ---- the step
 
@@ -186,7 +198,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             else target.to(self.device, non_blocking=True)
         )
         self.optimizer.zero_grad(set_to_none=True)
-        step = self.adversarial_step(images, targets, self.samples_of(batch))
+        with _exit_with_sentence():
+            step = self.adversarial_step(images, targets, self.samples_of(batch))
         if self.grad_scaler is not None:
             torch.autograd.backward(self.grad_scaler.scale(step.loss))
             self.grad_scaler.unscale_(self.optimizer)
@@ -220,9 +233,13 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
 
     @property
     def bare_network(self) -> nn.Module:
-        """The network without the DDP wrapper: attack passes need no gradient synchronisation."""
+        """The network without its DDP and ``torch.compile`` wrappers, for attack passes.
+
+        They need no gradient synchronisation, and their batch changes with every pass: compiled, each size and mode
+        would be compiled anew until torch gives up.
+        """
         network: nn.Module = self.network.module if self.is_ddp else self.network
-        return network
+        return getattr(network, "_orig_mod", network)
 
     # ---- the log
 
@@ -247,6 +264,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         try:
             with atomic_path(Path(filename)) as temporary:
                 super().save_checkpoint(str(temporary))
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError of its zip writer.
             raise SystemExit(
@@ -260,10 +279,13 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         """nnU-Net's, keeping the method's state for :meth:`on_train_start`."""
         try:
             super().load_checkpoint(filename_or_checkpoint)
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except _UNREADABLE as error:
             raise SystemExit(
-                f"The checkpoint {filename_or_checkpoint} is damaged or belongs to another network "
-                f"({_one_line(error)}); delete it to continue from an older one."
+                f"The checkpoint {filename_or_checkpoint} cannot be used: it is damaged, or the plans describe another "
+                f"network than it holds ({_one_line(error)}); restore the plans, or move it away to continue from an "
+                f"older one."
             ) from error
         self._resumed_from = str(filename_or_checkpoint)
         saved = self.my_init_kwargs.pop(KEY, None)
@@ -283,7 +305,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     @abstractmethod
     def adversarial_step(self, images: Tensor, targets: Outputs, samples: Sequence[SampleId]) -> Step:
         """Loss of one batch: images (B, C, *spatial), nnU-Net's targets, and the identity of each sample."""
-        raise NotImplementedError(f"{type(self).__name__} is a base class; train with nnUNetTrainerIMA.")
+        raise NotImplementedError("each method has its own step")
 
     def epoch_log(self, counts: Mapping[str, float]) -> Mapping[str, float]:  # noqa: ARG002 (for methods to use)
         """Values to log for an epoch (every key of :attr:`panels`), from the sums of its steps' counts."""
@@ -295,6 +317,12 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`method_state` gave."""
+
+
+# What unpickling bytes that are no checkpoint, or only a part of one, may raise.
+_UNREADABLE = (
+    RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, ImportError, pickle.UnpicklingError
+)  # fmt: skip
 
 
 def _read_overrides(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:

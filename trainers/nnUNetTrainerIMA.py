@@ -122,7 +122,7 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         """Random noise of norm max(E − Δε, Δε), but never more than E."""
         radius = threat.radius(images)
         norm = torch.minimum((radius - self.margins.step).clamp_min(self.margins.step), radius)
-        return random_on_sphere(images, threat.norm, norm, self.generator)
+        return random_on_sphere(images, threat.norm, norm, self.generator, threat.perturbable(images))
 
     def _perturbed_loss(
         self, outputs: Outputs, perturbed: Tensor, targets: Outputs, index: Tensor, clean_loss: Tensor
@@ -181,7 +181,12 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         super().on_epoch_end()
         if self.local_rank == 0:
             unit = f"{self.settings.norm.upper().replace('LINF', 'Linf')}, z-scores"
-            draw_margins(self.histograms, self.settings.epsilon or 1.0, unit, Path(self.output_folder) / "margins.png")
+            file = Path(self.output_folder) / "margins.png"
+            try:
+                draw_margins(self.histograms, self.settings.epsilon or 1.0, unit, file)
+            except OSError as error:
+                # No picture is worth a training.
+                self.print_to_log_file(f"{file} could not be drawn: {error}")
 
     def method_state(self) -> dict[str, Any]:
         """The margins, and their histograms so far."""

@@ -43,9 +43,10 @@ class APGD(Attack):
             if not len(active):
                 return
             generators = sample_generators(images[active], self.seed, self.name, restart)
-            threat = self.threat.select(active)
-            start = random_on_sphere(images[active], threat.norm, threat.radius(images[active]), generators)
-            self._climb(oracle, images[active], threat.project(images[active] + start, images[active]), active, best)
+            threat, clean = self.threat.select(active), images[active]
+            radius, where = threat.radius(clean), threat.perturbable(clean)
+            noise = random_on_sphere(clean, threat.norm, radius, generators, where)
+            self._climb(oracle, clean, threat.project(clean + noise, clean), active, best)
 
     def _climb(self, oracle: Oracle, images: Tensor, start: Tensor, index: Tensor, best: BestSoFar) -> None:
         """Algorithm 1 from ``start``; samples whose Dice reaches 0 leave."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.losses import Outputs, first
+from nnunet_ima.lp import per_sample
 
 LossFunction = Callable[[Outputs, Outputs], Tensor]
 
@@ -115,24 +116,20 @@ class Oracle:
             yield _fill(images[start : start + size], missing), targets, len(part)
 
     def _dice_of(self, images: Tensor, targets: Outputs, real: int) -> Tensor:
-        with self._autocast():
-            logits = first(self._network(images))
-        if not bool(torch.isfinite(logits[:real]).all()):
-            # Half precision overflowed. NaN logits would read as class 0, and so as a success.
-            logits = first(self._network(images))
-            if not bool(torch.isfinite(logits[:real]).all()):
-                raise UserError("the network cannot be attacked: its output is NaN or infinite.")
+        logits = finite_logits(self._network, images, self._autocast, real)
         return self._criterion.dice(logits, first(targets))[:real].float()
 
     def _ascent_of(self, images: Tensor, targets: Outputs, real: int) -> Ascent:
-        loss, gradient, dice = self._differentiate(images, targets, self._autocast)
-        if not bool(torch.isfinite(gradient[:real]).all()):
-            # Half precision overflowed: this part once more in the images' own precision.
-            loss, gradient, dice = self._differentiate(images, targets, nullcontext)
-        if not bool(torch.isfinite(gradient[:real]).all()):
+        answer = Ascent(*(part[:real] for part in self._differentiate(images, targets, self._autocast)))
+        bad = ~torch.isfinite(answer.gradient).flatten(1).all(1)
+        if not bool(bad.any()):
+            return answer
+        # Half precision overflowed: these samples, and no neighbour, get their answer in the images' own precision.
+        again = Ascent(*(part[:real] for part in self._differentiate(images, targets, nullcontext)))
+        if not bool(torch.isfinite(again.gradient[bad]).all()):
             # A step along it would end at an image of NaN, whose Dice of 0 looks like a success.
             raise UserError("the network cannot be attacked: its loss has a gradient that is NaN or infinite.")
-        return Ascent(loss[:real], gradient[:real], dice[:real])
+        return Ascent(*(torch.where(per_sample(bad, old), new, old) for old, new in zip(answer, again, strict=True)))
 
     def _differentiate(
         self, images: Tensor, targets: Outputs, autocast: Callable[[], AbstractContextManager[object]]
@@ -147,6 +144,27 @@ class Oracle:
             (gradient,) = torch.autograd.grad(loss.sum() * scale, images)
         dice = self._criterion.dice(first(outputs).detach(), first(targets)).float()
         return Ascent(loss.detach(), gradient / scale, dice)
+
+
+def finite_logits(
+    network: nn.Module, images: Tensor, autocast: Callable[[], AbstractContextManager[object]], real: int
+) -> Tensor:
+    """Full-resolution logits of ``images``, without NaN or infinity in the first ``real`` of them.
+
+    A sample for which half precision overflows is computed again without it: NaN logits would read as class 0, and so
+    as a successful attack.
+
+    Raises:
+        UserError: the output is NaN or infinite in single precision, too.
+    """
+    with autocast():
+        logits = first(network(images)).float()
+    bad = ~torch.isfinite(logits).flatten(1).all(1)
+    if bool(bad[:real].any()):
+        logits = torch.where(per_sample(bad, logits), first(network(images)).float(), logits)
+        if not bool(torch.isfinite(logits[:real]).all()):
+            raise UserError("the network cannot be attacked: its output is NaN or infinite.")
+    return logits
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class PGD(Attack):
         perturbed = threat.project(images, images)
         if restart:
             generators = sample_generators(images, self.seed, self.name, restart)
-            noise = random_in_ball(images, threat.norm, threat.radius(images), generators)
+            noise = random_in_ball(images, threat.norm, threat.radius(images), generators, threat.perturbable(images))
             perturbed = threat.project(images + noise, images)
         for _ in range(self.steps):
             gradient = oracle.ascent(perturbed, index).gradient

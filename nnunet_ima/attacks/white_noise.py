@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nnunet_ima.attacks.attack import Attack
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
-from nnunet_ima.lp import draw_uniform, lp_norm, per_sample
+from nnunet_ima.lp import draw_uniform, steepest_direction
 from nnunet_ima.seeds import sample_generators
 
 
@@ -26,11 +26,11 @@ class WhiteNoise(Attack):
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
         generators = sample_generators(images, self.seed, self.name)
-        radius = self.threat.radius(images)
+        radius, where = self.threat.radius(images), self.threat.perturbable(images)
         for _ in range(self.draws):
-            noise = 2 * draw_uniform(images, generators) - 1
+            noise = (2 * draw_uniform(images, generators) - 1) * where
             if self.threat.norm == "l2":
-                noise = noise / per_sample(lp_norm(noise, "l2"), noise)
+                noise = steepest_direction(noise, "l2")
             active = self.worth_attacking(best)
             if not len(active):
                 return

@@ -1,0 +1,485 @@
+"""``nnunet_ima evaluate`` on tiny models: each figure is what its label says, and the same figure every time."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunet_project import make_trainer, quiet, read, write
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+from nnunet_ima.dice import DiceCriterion
+from nnunet_ima.evaluation.attack_choice import parse_attack
+from nnunet_ima.evaluation.cases import ValidationCases
+from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.models import TrainedModel, load_model
+from nnunet_ima.evaluation.protocols import Protocol, parse_level
+from nnunet_ima.evaluation.run import Evaluation, _Runner, select_samples
+from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
+
+FILES = {"summary.json", "samples.csv", "cases.csv", "table.md", "dice_against_level.png", "worst_samples.png"}
+CPU = torch.device("cpu")
+Rows = list[dict[str, str]]
+
+
+class Report:
+    """What one evaluation wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        self.samples, self.cases = (self._rows(name) for name in ("samples.csv", "cases.csv"))
+
+    def _rows(self, name: str) -> Rows:
+        with (self.folder / name).open(encoding="utf-8", newline="") as stream:
+            return list(csv.DictReader(stream))
+
+    def tables(self) -> tuple[bytes, bytes]:
+        return (self.folder / "samples.csv").read_bytes(), (self.folder / "cases.csv").read_bytes()
+
+    def conditions(self) -> Iterator[tuple[dict[str, Any], Rows, Rows]]:
+        """Each condition's figures with its rows of both tables."""
+        named = [("clean", "0", self.summary["clean"])]
+        if "clamp_only" in self.summary:
+            named.append(("clamp-only", "0", self.summary["clamp_only"]))
+        named += [(result["attack"], result["level"], result) for result in self.summary["results"]]
+        for attack, level, figures in named:
+            mine = [
+                [row for row in rows if (row["attack"], row["level"]) == (attack, level)]
+                for rows in (self.samples, self.cases)
+            ]
+            yield figures, mine[0], mine[1]
+
+
+def run(output: Path, *arguments: str) -> Report:
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr("nnunet_ima.evaluation.evaluate._use_all_cores", lambda _: None)
+        with quiet():
+            assert main(["evaluate", "-device", "cpu", "-o", str(output), *arguments]) == 0
+    return Report(output)
+
+
+@pytest.fixture(scope="module")
+def report(project, std_2d, tmp_path_factory) -> Report:
+    """The complete evaluation of the 2D model, found as nnU-Net finds it."""
+    return run(
+        tmp_path_factory.mktemp("report"), "-d", "901", "-c", "2d_tiny", "-tr", "nnUNetTrainerSTD",
+        "-p", "nnUNetPlansTiny", "--levels", "2", "8", "--attacks", "white-noise:draws=3", "apgd:steps=4",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report_3d(std_3d, tmp_path_factory) -> Report:
+    return run(
+        tmp_path_factory.mktemp("report_3d"), "-m", str(std_3d), "--max-samples", "14", "--levels", "8",
+        "--attacks", "pgd:steps=3",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def paper(std_2d, tmp_path_factory) -> Report:
+    return run(
+        tmp_path_factory.mktemp("paper"), "-m", str(std_2d), "--protocol", "paper", "--max-samples", "18",
+        "--levels", "1", "5", "--attacks", "white-noise:draws=3", "pgd:steps=3", "apgd:steps=3", "bpgd:steps=3",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(project, std_2d) -> TrainedModel:
+    return load_model(std_2d, 0, "checkpoint_final.pth", CPU)
+
+
+@pytest.fixture(scope="module")
+def model_3d(project, std_3d) -> TrainedModel:
+    return load_model(std_3d, 0, "checkpoint_final.pth", CPU)
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+def test_all_six_files_are_there_and_nothing_else(which, request):
+    assert {file.name for file in request.getfixturevalue(which).folder.iterdir()} == FILES
+
+
+def test_the_summary_has_every_field(report):
+    summary = report.summary
+    assert {"schema", "model", "protocol", "seed", "versions", "clean", "results"} <= summary.keys()
+    assert {"name", "norm", "range", "unit"} <= summary["protocol"].keys()
+    assert "clamp_only" not in summary
+    assert {"nnunet_ima", "nnunetv2", "torch", "python"} <= summary["versions"].keys()
+    figures = {"tvdi", "adi", "case_dice", "robust_share", "n_samples", "n_cases"}
+    assert figures <= summary["clean"].keys()
+    assert [(result["attack"], result["level"], result["epsilon"]) for result in summary["results"]] == [
+        ("white-noise:draws=3", "2", 2.0), ("white-noise:draws=3", "8", 8.0),
+        ("apgd:steps=4", "2", 2.0), ("apgd:steps=4", "8", 8.0),
+    ]  # fmt: skip
+    assert all(figures <= result.keys() for result in summary["results"])
+    assert summary["model"]["trainer"] == "nnUNetTrainerSTD"
+    assert summary["model"]["fold"] == 0
+    assert summary["classes"] == ["anterior", "posterior"]
+    assert summary["seed"] == 0
+    assert not summary["trained_on_these_cases"]
+
+
+def test_the_model_is_worth_attacking_and_the_attack_works(report):
+    """Otherwise the tests below would state little."""
+    clean, attacked = report.summary["clean"], report.summary["results"][-1]
+    assert clean["tvdi"] > 0.5
+    assert attacked["tvdi"] < clean["tvdi"] - 0.1
+
+
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+def test_the_figures_are_those_of_the_tables(which, request):
+    """Slowly and obviously: Eq. 9 and 10 of the paper's earlier version, and nnU-Net's mean over cases."""
+    for figures, samples, cases in request.getfixturevalue(which).conditions():
+        assert figures["n_samples"] == len(samples) > 0
+        assert figures["n_cases"] == len(cases) > 0
+        per_class = []
+        for label in (1, 2):
+            tp, fp, fn = (sum(int(row[f"{kind}_{label}"]) for row in samples) for kind in ("tp", "fp", "fn"))
+            if tp + fp + fn:
+                per_class.append(2 * tp / (2 * tp + fp + fn))
+        assert figures["tvdi"] == pytest.approx(sum(per_class) / len(per_class))
+        dice = [float(row["dice"]) for row in samples]
+        assert figures["adi"] == pytest.approx(sum(dice) / len(dice), abs=1e-6)
+        assert figures["robust_share"] == pytest.approx(sum(d > 0.6 for d in dice) / len(dice))
+        means = []
+        for label in (1, 2):
+            values = [float(row[f"dice_{label}"]) for row in cases if row[f"dice_{label}"]]
+            means.append(sum(values) / len(values))
+        assert figures["case_dice"] == pytest.approx(sum(means) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+def test_a_samples_dice_is_that_of_its_counts(which, request):
+    for row in request.getfixturevalue(which).samples:
+        values = []
+        for label in (1, 2):
+            tp, fp, fn = (int(row[f"{kind}_{label}"]) for kind in ("tp", "fp", "fn"))
+            if tp + fp + fn:
+                values.append(2 * tp / (2 * tp + fp + fn))
+        assert float(row["dice"]) == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+def test_the_table_shows_the_summary(report):
+    lines = (report.folder / "table.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+    expected = [("none (clean)", "0", report.summary["clean"])]
+    expected += [(result["attack"], result["level"], result) for result in report.summary["results"]]
+    for row, (attack, level, figures) in zip(rows, expected, strict=True):
+        assert row[:2] == [attack, level]
+        shares = [figures[key] for key in ("tvdi", "adi", "robust_share", "case_dice")]
+        assert row[2:6] == [f"{100 * share:.1f}" for share in shares]
+
+
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+@pytest.mark.parametrize("picture", ["dice_against_level.png", "worst_samples.png"])
+def test_the_pictures_show_something(which, picture, request):
+    pixels = plt.imread(request.getfixturevalue(which).folder / picture)
+    assert min(pixels.shape[:2]) > 300
+    assert len(np.unique(pixels[::5, ::5, :3].reshape(-1, 3), axis=0)) > 20
+
+
+# ---- the same numbers every time
+
+
+VARIANTS = (
+    "--batch-size 1",
+    "--batch-size 3",
+    "--batch-size 64",
+    "--batch-size 64 --seed 0",
+    "--batch-size 3 --seed 1",
+)
+
+
+@pytest.fixture(scope="module")
+def variants(std_2d, tmp_path_factory) -> dict[str, Report]:
+    return {
+        options: run(
+            tmp_path_factory.mktemp("variant"), "-m", str(std_2d), "--max-samples", "20", "--levels", "6",
+            "--attacks", "white-noise:draws=2", "apgd:steps=3", *options.split(),
+        )
+        for options in VARIANTS
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("options", VARIANTS[1:4])
+def test_no_number_depends_on_the_batch_size_or_the_run(variants, options):
+    assert variants[options].tables() == variants[VARIANTS[0]].tables()
+
+
+def test_another_seed_gives_other_noise(variants):
+    noise = [
+        [row["dice"] for row in variants[options].samples if row["attack"].startswith("white-noise")]
+        for options in (VARIANTS[0], VARIANTS[-1])
+    ]
+    assert noise[0] != noise[1]
+
+
+# ---- protocols and budgets
+
+
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+def test_no_sample_gains_from_an_attack(which, request):
+    report = request.getfixturevalue(which)
+    unperturbed = "clamp-only" if "clamp_only" in report.summary else "clean"
+    before = {(r["case"], r["tile"]): float(r["dice"]) for r in report.samples if r["attack"] == unperturbed}
+    attacked = [row for row in report.samples if row["attack"] not in ("clean", "clamp-only")]
+    assert attacked
+    for row in attacked:
+        assert float(row["dice"]) <= before[row["case"], row["tile"]] + 1e-6
+
+
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+def test_no_perturbation_is_larger_than_its_level(which, request):
+    for row in request.getfixturevalue(which).samples:
+        allowed = 0.0 if row["attack"] in ("clean", "clamp-only") else float(row["level"])
+        assert float(row["epsilon"]) == pytest.approx(allowed)
+        assert float(row["norm"]) <= allowed * 1.0001
+
+
+def test_the_paper_protocol_says_what_it_is_and_shows_the_clamp_alone(paper, report):
+    assert paper.summary["protocol"]["name"] == "paper"
+    assert "[0, 1]" in paper.summary["protocol"]["range"]
+    assert paper.summary["clamp_only"]["n_samples"] == 18
+    # The clamp harms on its own: that is why it is always shown.
+    assert paper.summary["clamp_only"]["adi"] != pytest.approx(paper.summary["clean"]["adi"], abs=1e-3)
+    assert "clamp" in (paper.folder / "table.md").read_text(encoding="utf-8")
+
+
+def test_linf_levels_are_shares_of_each_cases_own_range(model, tmp_path):
+    report = run(
+        tmp_path, "-m", str(model.folder), "--norm", "linf", "--levels", "2/255", "8/255", "--no-cases",
+        "--max-samples", "20", "--attacks", "pgd:steps=2",
+    )  # fmt: skip
+    cases = ValidationCases(model)
+    spreads = {name: float(cases.load(name).high[0] - cases.load(name).low[0]) for name in cases.names}
+    assert len(set(spreads.values())) == 2
+    attacked = [row for row in report.samples if row["attack"] != "clean"]
+    assert {row["case"] for row in attacked} == set(cases.names)
+    for row in attacked:
+        share = int(row["level"].partition("/")[0]) / 255
+        assert float(row["epsilon"]) == pytest.approx(share * spreads[row["case"]], rel=1e-4)
+        assert float(row["norm"]) <= float(row["epsilon"]) * 1.0001
+
+
+def evaluation(model: TrainedModel, protocol: Protocol, attack: str, batch_size: int = 8) -> Evaluation:
+    return Evaluation(
+        model, protocol, [parse_attack(attack)], [], 12, batch_size, 0, CPU, DiceCriterion(labels=model.labels),
+        case_level=False, progress=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("norm", "level"), [("l2", "20"), ("linf", "64/255")])
+@pytest.mark.parametrize("dimensions", ["2d", "3d"])
+def test_sound_perturbations_stay_in_the_cases_range_and_off_the_padding(model, model_3d, norm, level, dimensions):
+    trained = model if dimensions == "2d" else model_3d
+    cases = ValidationCases(trained)
+    selection = select_samples(cases, 12 if dimensions == "2d" else 2, 0, progress=False)
+    asked = evaluation(trained, Protocol("sound", norm), "pgd:steps=3")
+    runner = _Runner(asked, cases, selection)
+    list(runner._attack(None, None, selection.samples))
+    for sample, perturbed, score, _ in runner._attack(asked.attacks[0], parse_level(level, norm), selection.samples):
+        case = cases.load(sample.case)
+        clean, fixed = cases.patch(case.image, sample.place), cases.patch(case.fixed, sample.place)
+        raw, _, _, _ = raw_case(trained, sample.case)
+        assert float(case.low[0]) == raw.min()
+        assert float(case.high[0]) == raw.max()
+        assert float(perturbed.min()) >= min(raw.min(), float(clean[fixed].min()) if fixed.any() else np.inf)
+        assert float(perturbed.max()) <= max(raw.max(), float(clean[fixed].max()) if fixed.any() else -np.inf)
+        assert torch.equal(perturbed[fixed], clean[fixed])
+        assert not torch.equal(perturbed[~fixed], clean[~fixed]) or score.dice == 0 or score.norm == 0
+        assert score.norm > 0 or score.clean_dice == 0
+    if dimensions == "2d":
+        assert any(bool(cases.load(name).fixed.any()) for name in cases.names)
+
+
+# ---- cases and tiles are nnU-Net's
+
+
+def raw_case(model: TrainedModel, name: str) -> tuple[np.ndarray, np.ndarray, Any, dict[str, Any]]:
+    """A preprocessed case as nnU-Net stores it."""
+    folder = str(ValidationCases(model).folder)
+    image, segmentation, previous, properties = infer_dataset_class(folder)(folder, [name]).load_case(name)
+    return np.asarray(image[:]), np.asarray(segmentation[:]), previous, properties
+
+
+@pytest.mark.parametrize("dimensions", ["2d", "3d"])
+def test_samples_are_the_tiles_of_nnunets_predictor_that_hold_foreground(model, model_3d, dimensions):
+    trained = model if dimensions == "2d" else model_3d
+    cases = ValidationCases(trained)
+    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
+    predictor.manual_initialization(
+        trained.network, trained.plans, trained.configuration, None, trained.dataset_json, trained.trainer, None
+    )
+    found = 0
+    for name in cases.names:
+        image, segmentation, _, _ = raw_case(trained, name)
+        patch = trained.configuration.patch_size
+        padded = torch.from_numpy(pad_nd_image(image, patch, "constant", {"constant_values": 0}))
+        truth = torch.from_numpy(pad_nd_image(segmentation, patch, "constant", {"constant_values": 0}))
+        with quiet():
+            slicers = predictor._internal_get_sliding_window_slicers(padded.shape[1:])
+        expected = {number: place for number, place in enumerate(slicers) if (truth[place] > 0).any()}
+        samples = list(cases.samples([name]))
+        assert [sample.tile for sample in samples] == list(expected)
+        case = cases.load(name)
+        for sample in samples:
+            assert torch.equal(cases.patch(case.image, sample.place), padded[expected[sample.tile]])
+            assert torch.equal(
+                cases.patch(case.target, sample.place).long(), truth[expected[sample.tile]].clamp_min(0).long()
+            )
+        found += len(samples)
+    assert found > 10
+
+
+def nnunets_case_dice(model_folder: Path, name: str, project: Any, folder: Path) -> list[float]:
+    """Predict a preprocessed case with stock nnUNetPredictor and score it with nnU-Net's compute_metrics."""
+    predictor = nnUNetPredictor(device=CPU, perform_everything_on_device=False, allow_tqdm=False)
+    with quiet():
+        predictor.initialize_from_trained_model_folder(str(model_folder), (0,), "checkpoint_final.pth")
+        data = project.preprocessed / predictor.configuration_manager.data_identifier
+        image, _, _, properties = infer_dataset_class(str(data))(str(data), [name]).load_case(name)
+        logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image[:]))
+        export_prediction_from_logits(
+            logits, properties, predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json,
+            str(folder / name), save_probabilities=False,
+        )  # fmt: skip
+    reader = predictor.plans_manager.image_reader_writer_class()
+    truth, prediction = project.preprocessed / "gt_segmentations" / f"{name}.nii.gz", folder / f"{name}.nii.gz"
+    manager = predictor.plans_manager.get_label_manager(predictor.dataset_json)
+    regions = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    metrics = compute_metrics(str(truth), str(prediction), reader, regions, manager.ignore_label)["metrics"]
+    return [metrics[region]["Dice"] for region in regions]
+
+
+def assert_nnunets_dice(report: Report, model_folder: Path, project: Any, folder: Path) -> None:
+    clean = [row for row in report.cases if row["attack"] == "clean"]
+    assert clean
+    for row in clean:
+        expected = nnunets_case_dice(model_folder, row["case"], project, folder)
+        found = [float(value) for key, value in row.items() if key.startswith("dice_")]
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_clean_dice_of_a_2d_case_is_nnunets(report, std_2d, project, nnunet_finds_our_trainers, tmp_path):
+    assert len({row["case"] for row in report.cases}) == 2
+    assert_nnunets_dice(report, std_2d, project, tmp_path)
+
+
+def test_the_clean_dice_of_a_3d_case_is_nnunets(report_3d, std_3d, project, nnunet_finds_our_trainers, tmp_path):
+    assert_nnunets_dice(report_3d, std_3d, project, tmp_path)
+
+
+# ---- other models and options
+
+
+def test_a_checkpoint_of_stock_nnunet_can_be_attacked(stock_2d, report, tmp_path):
+    stock = run(
+        tmp_path, "-d", "Dataset901_Phantom", "-c", "2d_tiny", "-p", "nnUNetPlansTiny", "--max-samples", "3",
+        "--no-cases", "--levels", "8", "--attacks", "apgd:steps=2",
+    )  # fmt: skip
+    assert stock.summary["model"]["trainer"] == "nnUNetTrainer"
+    same = {(r["case"], r["tile"]): r["dice"] for r in report.samples if r["attack"] == "clean"}
+    clean = [row for row in stock.samples if row["attack"] == "clean"]
+    assert [row["dice"] for row in clean] == [same[row["case"], row["tile"]] for row in clean]
+
+
+def test_an_ima_model_can_be_attacked_and_its_best_checkpoint_too(ima_2d, project, tmp_path):
+    report = run(
+        tmp_path, "-m", str(project.model("nnUNetTrainerIMA", "2d_tiny")), "-chk", "checkpoint_best.pth",
+        "--max-samples", "2", "--no-cases", "--levels", "8", "--attacks", "bpgd:steps=2",
+    )  # fmt: skip
+    assert report.summary["model"]["trainer"] == "nnUNetTrainerIMA"
+    assert report.summary["model"]["checkpoint"] == "checkpoint_best.pth"
+
+
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_max_samples_is_an_upper_limit_and_only_whole_cases_count(model, count):
+    cases = ValidationCases(model)
+    everything = list(cases.samples(cases.names))
+    selection = select_samples(cases, count, 0, progress=False)
+    assert len(selection.samples) == min(count, len(everything))
+    assert set(selection.samples) <= set(everything)
+    for name in cases.names:
+        whole = [s for s in everything if s.case == name] == [s for s in selection.samples if s.case == name]
+        assert (name in selection.complete_cases) == whole
+
+
+def test_without_cases_the_case_level_is_empty_and_said_to_be(std_2d, tmp_path):
+    report = run(tmp_path, "-m", str(std_2d), "--no-cases", "--max-samples", "2", "--levels", "1", "--attacks",
+                 "pgd:steps=1")  # fmt: skip
+    assert report.cases == []
+    assert report.summary["clean"]["n_cases"] == 0
+    assert report.summary["clean"]["case_dice"] is None
+    assert report.summary["clean"]["n_samples"] == 2
+
+
+def test_the_default_output_lies_in_the_folds_folder(std_2d, monkeypatch):
+    monkeypatch.setattr("nnunet_ima.evaluation.evaluate._use_all_cores", lambda _: None)
+    arguments = ["--no-cases", "--max-samples", "1", "--levels", "1", "--attacks", "pgd:steps=1", "-device", "cpu"]
+    with quiet():
+        assert main(["evaluate", "-m", str(std_2d), *arguments]) == 0
+    assert {f.name for f in (std_2d / "fold_0/nnunet_ima/checkpoint_final_sound_l2").iterdir()} == FILES
+
+
+def test_regions_are_attacked_and_scored_as_nnunet_scores_them(
+    project, monkeypatch, nnunet_finds_our_trainers, tmp_path
+):
+    """The whole structure and its anterior part, as overlapping sigmoid regions."""
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+
+    def with_regions(dataset_json: dict[str, Any]) -> None:
+        dataset_json["labels"] = {"background": 0, "whole": [1, 2], "anterior": 1}
+        dataset_json["regions_class_order"] = [2, 1]
+
+    folder = untrained_model(project, with_regions)
+    report = run(tmp_path / "out", "-m", str(folder), "--max-samples", "20", "--levels", "5", "--attacks",
+                 "apgd:steps=2")  # fmt: skip
+    assert report.summary["classes"] == ["whole", "anterior"]
+    assert_nnunets_dice(report, folder, project, tmp_path)
+    assert report.summary["clean"]["case_dice"] > 0
+    for row in (row for row in report.samples if row["attack"] == "clean"):
+        assert int(row["tp_1+2"]) + int(row["fn_1+2"]) >= int(row["tp_1"]) + int(row["fn_1"])
+
+
+def untrained_model(project: Any, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A model folder with random weights, whose dataset.json was changed."""
+    original = project.preprocessed / "dataset.json"
+    kept = original.read_bytes()
+    changed = read(original)
+    change(changed)
+    write(original, changed)
+    try:
+        trainer = make_trainer(project, nnUNetTrainerSTD)
+        with quiet():
+            trainer.on_train_start()
+            torch.manual_seed(1)
+            for parameter in trainer.network.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+            trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    finally:
+        original.write_bytes(kept)
+    return Path(trainer.output_folder_base)
+
+
+def test_fold_all_warns_that_the_model_has_seen_the_cases(std_2d, tmp_path):
+    (tmp_path / "model" / "fold_all").mkdir(parents=True)
+    for name in ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth"):
+        (tmp_path / "model" / name.replace("fold_0", "fold_all")).write_bytes((std_2d / name).read_bytes())
+    report = run(tmp_path / "out", "-m", str(tmp_path / "model"), "-f", "all", "--no-cases", "--max-samples", "1",
+                 "--levels", "1", "--attacks", "pgd:steps=1")  # fmt: skip
+    assert report.summary["trained_on_these_cases"]
+    assert "trained on these very cases" in (report.folder / "table.md").read_text(encoding="utf-8")
