@@ -151,13 +151,29 @@ def test_margins_stay_in_bounds_and_only_those_of_drawn_samples_move(project, re
 
 
 def test_a_sample_without_foreground_has_no_margin_and_costs_one_pass(project, results, start, configuration):
+    """Where nothing is to be found and nothing was found the sample is correct, but it has no boundary to go to."""
     trainer = started(project, nnUNetTrainerIMA, configuration, start)
+    with torch.no_grad():
+        for layer in trainer.network.decoder.seg_layers:
+            layer.weight.zero_()
+            layer.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
     batch = next(trainer.dataloader_train)
     for target in batch["target"]:
         target.zero_()
     counts = trainer.train_step(batch)["counts"][0]
     assert counts["foreground"] == counts["perturbed"] == len(trainer.margins) == 0
     assert counts["forward_passes"] == len(batch["keys"])
+
+
+def test_a_margin_goes_to_the_sample_that_earned_it(project, results, start, configuration):
+    trainer = started(project, nnUNetTrainerIMA, configuration, start)
+    for only in range(trainer.batch_size):
+        trainer.start_method(100)
+        batch = foreground_batch(trainer)
+        for target in batch["target"]:
+            target[[i for i in range(len(target)) if i != only]] = 0
+        trainer.train_step(batch)
+        assert set(trainer.margins._margins) == {trainer.samples_of(batch)[only]}
 
 
 def test_a_wrong_sample_is_not_perturbed_and_keeps_its_margin(project, results, start, configuration):
@@ -528,7 +544,6 @@ def test_a_scan_with_nan_is_named(project, results, bad):
         assert torch.equal(value, before[name])
 
 
-def test_the_base_class_says_that_it_is_not_for_training(project, results):
-    trainer = started(project, nnUNetTrainerAdversarial, "2d_tiny")
-    with pytest.raises(NotImplementedError, match="train with nnUNetTrainerIMA"):
-        trainer.train_step(next(trainer.dataloader_train))
+def test_the_base_class_says_at_once_that_it_is_not_for_training(project, results):
+    with pytest.raises(SystemExit, match="use -tr nnUNetTrainerIMA"):
+        started(project, nnUNetTrainerAdversarial, "2d_tiny")
