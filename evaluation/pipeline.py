@@ -236,7 +236,7 @@ class Pipeline:
     def is_done(self, step: str, command: Sequence[str]) -> bool:
         """Whether a step ended well before, by this very command; an attack with fewer steps is another one."""
         done = self.output / "logs" / f"{step}.done"
-        return done.is_file() and json.loads(done.read_text(encoding="utf-8"))["command"] == list(command)
+        return done.is_file() and bool(json.loads(done.read_text(encoding="utf-8"))["command"] == list(command))
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -263,7 +263,7 @@ def _watch(process: subprocess.Popen[bytes], log: Path, step: str, counted: str,
     pattern = re.compile(rf"\b{re.escape(counted)}\d+") if counted else None
     with tqdm(total=total or 100, desc=f"  {step}", unit="epoch" if total else "%", dynamic_ncols=True) as bar:
         while process.poll() is None:
-            time.sleep(0.5)
+            time.sleep(1.0)
             text = log.read_text(encoding="utf-8", errors="replace")
             bar.n = min(len(pattern.findall(text)), bar.total) if pattern else _percentage(text)
             bar.refresh()

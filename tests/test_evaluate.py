@@ -21,8 +21,10 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.evaluation.attack_choice import parse_attack
-from nnunet_ima.evaluation.cases import ValidationCases
+from nnunet_ima.evaluation.case_level import CaseLevel
+from nnunet_ima.evaluation.cases import Case, ValidationCases
 from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.models import TrainedModel, load_model
 from nnunet_ima.evaluation.protocols import Protocol, parse_level
 from nnunet_ima.evaluation.run import Evaluation, _Runner, select_samples
@@ -304,6 +306,30 @@ def test_sound_perturbations_stay_in_the_cases_range_and_off_the_padding(model, 
         assert score.norm > 0 or score.clean_dice == 0
     if dimensions == "2d":
         assert any(bool(cases.load(name).fixed.any()) for name in cases.names)
+
+
+@pytest.mark.parametrize("name", ["paper", "sound"])
+def test_whole_cases_stay_in_the_range_of_the_protocol(model, name, tmp_path, monkeypatch):
+    """Also where no tile was attacked, or several were put together."""
+    scored: list[tuple[Case, torch.Tensor]] = []
+    original = CaseLevel.score
+
+    def watched(self: CaseLevel, case: Case, image: torch.Tensor) -> CaseScore:
+        scored.append((case, image))
+        return original(self, case, image)
+
+    monkeypatch.setattr(CaseLevel, "score", watched)
+    run(tmp_path, "-m", str(model.folder), "--protocol", name, "--max-samples", "20", "--levels", "30",
+        "--attacks", "pgd:steps=2")  # fmt: skip
+    (_, clean), *perturbed = scored
+    assert len(perturbed) == (2 if name == "paper" else 1)
+    for case, image in perturbed:
+        assert torch.equal(clean, case.image)
+        assert not torch.equal(image, clean)
+        low, high = (0.0, 1.0) if name == "paper" else (float(case.low[0]), float(case.high[0]))
+        scan = image[(slice(None), *case.unpad)] if name == "sound" else image
+        assert float(scan.min()) >= low - 1e-5
+        assert float(scan.max()) <= high + 1e-5
 
 
 # ---- cases and tiles are nnU-Net's
