@@ -16,13 +16,13 @@ NETWORK = SmallNetwork("2d_demo", features=12, most_features=96, batch_size=16)
 STOCK = Method(
     "Stock nnU-Net",
     "nnUNetTrainerSTD",
-    {"num_epochs": 16, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 2, "initial_lr": 0.1},
+    {"num_epochs": 24, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 2, "initial_lr": 0.1},
 )
 HARDENED = Method(
     "nnU-Net hardened with IMA",
     "nnUNetTrainerIMA",
     {
-        "num_epochs": 12,
+        "num_epochs": 16,
         "num_iterations_per_epoch": 25,
         "num_val_iterations_per_epoch": 2,
         "initial_lr": 0.1,

@@ -250,6 +250,9 @@ def _check_fields(plans: PlansManager, configuration: ConfigurationManager, data
     patch_size = list(configuration.patch_size)
     if len(patch_size) not in (2, 3) or not all(isinstance(size, int) and size > 0 for size in patch_size):
         raise ValueError(f"patch_size is {patch_size}")
+    batch_size = configuration.batch_size
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}")
     names = {
         "dataset_name": plans.dataset_name,
         "plans_name": plans.plans_name,
