@@ -267,7 +267,7 @@ h1 { font-size: 1.7rem; line-height: 1.25; } h2 { margin-top: 2.2rem; }
 .cards { display: flex; gap: 1rem; flex-wrap: wrap; margin: 1.5rem 0; }
 .card { flex: 1 1 18rem; border: 1px solid var(--line); border-top: 5px solid; border-radius: 8px; }
 .card > * { margin: .5rem 1.2rem; }
-.big { font-size: 2rem; font-weight: 650; margin: .2rem 0; } .big span { opacity: .5; }
+.card .big { font-size: 2rem; font-weight: 650; margin: .2rem 1.2rem; } .big span { opacity: .5; }
 figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; border-radius: 6px; }
 figcaption { color: #888; font-size: .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }

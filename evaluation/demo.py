@@ -36,7 +36,7 @@ HARDENED = Method(
     cases=14,
 )
 ATTACKS = Attacks(
-    "evaluate", ("2.5", "5", "10"), ("white-noise:draws=5", "apgd:steps=20"), further=("--max-samples", "150")
+    "evaluate", ("1", "2.5", "5"), ("white-noise:draws=5", "apgd:steps=20"), further=("--max-samples", "150")
 )
 
 
