@@ -8,15 +8,12 @@ import hashlib
 import inspect
 import json
 import pydoc
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -24,6 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager, deter
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunet_ima.checkpoints import safe_load
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import nnunet_folder, our_trainers_too
 from nnunet_ima.labels import Labels
@@ -150,42 +148,6 @@ def load_model(folder: Path, fold: Fold, checkpoint_name: str, device: torch.dev
         dataset_json=dataset_json,
         mirroring_axes=mirroring_axes,
     )
-
-
-def safe_load(file: Path) -> dict[str, Any]:
-    """Read a checkpoint's numbers, strings and tensors; nothing in it is executed.
-
-    Raises:
-        UserError: the file is damaged or holds objects that would have to be executed.
-    """
-    # nnU-Net logs its epoch values as numpy scalars, which numpy 1 and 2 name differently.
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")]
-    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
-    scalars: list[Any] = [np.dtype, *kinds, *((scalar, name) for name in names)]
-    try:
-        with torch.serialization.safe_globals(scalars):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        # torch writes zip files; what is none was cut off or is something else altogether.
-        if isinstance(error, UnpicklingError) and zipfile.is_zipfile(file):
-            raise UserError(
-                f"The checkpoint {file} holds more than numbers, and reading it would run code; get one written by "
-                f"nnU-Net."
-            ) from error
-        raise UserError(f"The checkpoint {file} is damaged or cut off; copy it again or train again.") from error
-    if not isinstance(checkpoint, dict) or not {"network_weights", "trainer_name", "init_args"} <= checkpoint.keys():
-        raise UserError(f"The file {file} is no checkpoint of nnU-Net v2; give one of its checkpoint_*.pth.")
-    return checkpoint
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Method:
         title: for people.
         trainer: nnU-Net's name of the trainer.
         settings: what stands under the key ``nnunet_ima`` of its configuration.
-        start: the method whose weights it starts from, None for random weights.
+        start: the method whose whole network it starts from, None for random weights.
         cases: train on this many of fold 0's training cases only, so that each sample is visited more often; None for
             all. The validation cases stay the same.
     """
@@ -131,7 +131,10 @@ class Pipeline:
         plans = json.loads((dataset / f"{PLANS}.json").read_text(encoding="utf-8"))
         plans["plans_name"] = self.plans_name
         for method in methods:
-            plans["configurations"][self.configuration(method)] = self.network.configuration(plans, method.settings)
+            settings = dict(method.settings)
+            if method.start is not None:
+                settings["start_from"] = str(self.fold_folder(dataset, method.start) / "checkpoint_final.pth")
+            plans["configurations"][self.configuration(method)] = self.network.configuration(plans, settings)
         write_text(dataset / f"{self.plans_name}.json", json.dumps(plans, indent=2))
 
     def train(self, dataset: Path, method: Method) -> None:
@@ -144,9 +147,6 @@ class Pipeline:
             command.append("--val")
         elif there:
             command.append("--c")
-        elif method.start is not None:
-            start = self.fold_folder(dataset, method.start) / "checkpoint_final.pth"
-            command += ["-pretrained_weights", str(start)]
         step = f"train_{self.key(method)}"
         self._refuse_other_settings(step, method)
         self.once(step, command, "Epoch ", method.settings["num_epochs"])

@@ -39,6 +39,8 @@ class Settings:
         num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length of the training; None for nnU-Net's.
         initial_lr: None for nnU-Net's.
         save_every: epochs between two checkpoints.
+        start_from: a checkpoint of nnU-Net whose whole network the training starts from, output layers included
+            (``-pretrained_weights`` leaves those out); None for random weights, or those of ``-pretrained_weights``.
     """
 
     norm: Norm = "l2"
@@ -57,6 +59,7 @@ class Settings:
     initial_lr: float | None = None
     # nnU-Net saves every 50 epochs; an adversarial epoch costs as much as ten of those.
     save_every: int = 5
+    start_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,16 @@ class _Choice:
         return isinstance(value, str) and value in self.choices
 
 
-_ALLOWED: dict[str, _Number | _Choice] = {
+@dataclass(frozen=True)
+class _File:
+    def __str__(self) -> str:
+        return "the path of a checkpoint"
+
+    def allows(self, value: object) -> bool:
+        return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+
+
+_ALLOWED: dict[str, _Number | _Choice | _File] = {
     "norm": _Choice(NORMS),
     "epsilon": _Number(0, math.inf),
     "delta_epsilon": _Number(0, math.inf, low_is_allowed=False),
@@ -114,6 +126,7 @@ _ALLOWED: dict[str, _Number | _Choice] = {
     "num_val_iterations_per_epoch": _Number(1, math.inf, whole=True),
     "initial_lr": _Number(0, math.inf, low_is_allowed=False),
     "save_every": _Number(1, math.inf, whole=True),
+    "start_from": _File(),
 }
 
 # Section 3.5 of the final paper: L2, 2D slices.

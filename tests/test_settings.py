@@ -73,6 +73,8 @@ def paper_plan(dataset: str, patch_size: tuple[int, ...] = (56, 40)) -> Plan:
         ("num_val_iterations_per_epoch", 0, "a whole number at least 1"),
         ("initial_lr", 0, "a number above 0"),
         ("save_every", 0, "a whole number at least 1"),
+        ("start_from", "", "the path of a checkpoint"),
+        ("start_from", 3, "the path of a checkpoint"),
     ],
 )
 def test_a_bad_value_gives_one_sentence_with_key_value_and_what_is_allowed(name, value, allowed):

@@ -411,6 +411,65 @@ def test_a_checkpoint_without_margins_is_refused_for_continuing_but_not_for_vali
     assert checkpoint in sentence
 
 
+@pytest.mark.parametrize("kind", [nnUNetTrainerIMA, nnUNetTrainerSTD])
+def test_a_training_may_start_from_a_whole_network_output_layers_included(project, results, stock_2d, kind):
+    file = stock_2d / "fold_0" / "checkpoint_final.pth"
+    trainer = started(project, kind, "2d_tiny", start_from=str(file))
+    weights = weights_of(file)
+    assert any(".seg_layers." in name for name in weights)
+    for name, value in trainer.network.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    with quiet():
+        trainer.train_step(next(trainer.dataloader_train))
+    assert any(not torch.equal(value, weights[name]) for name, value in trainer.network.state_dict().items())
+
+
+def test_a_training_that_continues_does_not_start_anew(project, results, ima_2d, stock_2d):
+    checkpoint = copied(ima_2d, results)
+    start = str(stock_2d / "fold_0" / "checkpoint_final.pth")
+    trainer = make_trainer(project, nnUNetTrainerIMA, resume=True, num_epochs=3, start_from=start)
+    with quiet():
+        trainer.load_checkpoint(str(checkpoint))
+        trainer.on_train_start()
+    for name, value in weights_of(checkpoint).items():
+        assert torch.equal(trainer.network.state_dict()[name], value), name
+
+
+def _relabelled(checkpoint: dict[str, Any]) -> None:
+    checkpoint["init_args"]["dataset_json"]["labels"] = {"background": 0, "posterior": 1, "anterior": 2}
+
+
+def _other_network(checkpoint: dict[str, Any]) -> None:
+    checkpoint["network_weights"].popitem()
+
+
+def _no_network(checkpoint: dict[str, Any]) -> None:
+    del checkpoint["network_weights"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, "no file"),
+        (_relabelled, "-pretrained_weights"),
+        (_other_network, "another network"),
+        (_no_network, "no checkpoint"),
+    ],
+)
+def test_a_start_that_does_not_fit_ends_with_a_sentence(project, results, stock_2d, tmp_path, change, said):
+    file = tmp_path / "start.pth"
+    if change is not None:
+        checkpoint = torch.load(stock_2d / "fold_0" / "checkpoint_final.pth", weights_only=False)
+        change(checkpoint)
+        torch.save(checkpoint, file)
+    trainer = make_trainer(project, nnUNetTrainerIMA, start_from=str(file))
+    with pytest.raises(SystemExit) as left, quiet():
+        trainer.run_training()
+    sentence = leave_as_sentence(left)
+    assert said in sentence
+    assert str(file) in sentence
+
+
 def test_margins_of_another_norm_are_refused(project, results, ima_2d):
     checkpoint = copied(ima_2d, results)
     trainer = make_trainer(project, nnUNetTrainerIMA, resume=True, num_epochs=3, norm="linf", epsilon=0.1)

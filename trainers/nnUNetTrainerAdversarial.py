@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from nnunet_ima import __version__
+from nnunet_ima.checkpoints import safe_load
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.files import atomic_path, remove_leftovers, write_text
@@ -105,8 +106,33 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                 )
             if self.local_rank == 0:
                 remove_leftovers(Path(self.output_folder))
+            # Before the data is unpacked: a wrong file should not be found out after minutes.
+            if self._resumed_from is None and self.overrides.get("start_from") is not None:
+                self._start_from(Path(self.overrides["start_from"]))
             super().on_train_start()
             self._configure()
+
+    def _start_from(self, file: Path) -> None:
+        """Take over a whole network. nnU-Net's ``-pretrained_weights`` leaves the output layers out."""
+        if not self.was_initialized:
+            self.initialize()
+        if not file.is_file():
+            raise UserError(f"The setting start_from names {file.absolute()}, which is no file; give a checkpoint.")
+        checkpoint = safe_load(file)
+        labels = checkpoint["init_args"].get("dataset_json", {}).get("labels")
+        if labels != self.dataset_json["labels"]:
+            raise UserError(
+                f"{file} was trained with the labels {labels}, this dataset has {self.dataset_json['labels']}, so its "
+                f"output layers mean something else; remove start_from and use -pretrained_weights {file}."
+            )
+        try:
+            self.bare_network.load_state_dict(checkpoint["network_weights"])
+        except RuntimeError as error:
+            raise UserError(
+                f"{file} holds another network than the plans describe, so the training cannot start from it "
+                f"({_one_line(error)}); use plans with its architecture."
+            ) from error
+        self.print_to_log_file(f"All weights, those of the output layers included, are taken from {file}.")
 
     def _configure(self) -> None:
         shapes = self._training_shapes()
