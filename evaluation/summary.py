@@ -51,8 +51,8 @@ def summarise(evaluation: Evaluation, outcomes: Sequence[Outcome], command: str)
         "classes": [_name_of(region, evaluation.model.dataset_json) for region in evaluation.model.foreground],
         "seed": evaluation.seed,
         "max_samples": evaluation.max_samples,
-        # Of a fold other than all, only the splits file beside the preprocessed data tells; it is taken at its word.
-        "trained_on_these_cases": evaluation.model.fold == "all",
+        # Of a stock model, only the splits file beside the preprocessed data tells; it is taken at its word.
+        "trained_on_these_cases": evaluation.model.fold == "all" or bool(_learned_from(evaluation, outcomes)),
         "device": str(evaluation.device),
         "command": command,
         "versions": versions(),
@@ -100,7 +100,7 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
     lines += ["", "Checks:", ""]
     lines += [f"- {'passed' if item['passed'] else 'FAILED'}: {item['sentence']}" for item in summary["trust"]]
     if summary["trained_on_these_cases"]:
-        lines += ["", "Fold `all`: the model was trained on these very cases; the figures say nothing about new ones."]
+        lines += ["", "The model was trained on these very cases, or some of them; the figures flatter it."]
     return "\n".join(lines) + "\n"
 
 
@@ -110,6 +110,11 @@ def average_tvdi(summary: Mapping[str, Any]) -> dict[str, float]:
     for result in summary["results"]:
         values.setdefault(result["attack"], [_number(summary["clean"]["tvdi"])]).append(_number(result["tvdi"]))
     return {attack: nan_mean(mine) for attack, mine in values.items()}
+
+
+def _learned_from(evaluation: Evaluation, outcomes: Sequence[Outcome]) -> frozenset[str]:
+    """Cases attacked here that the weights learned from, in this training or in one that it started from."""
+    return evaluation.model.training_cases & {score.sample.case for score in outcomes[0].samples}
 
 
 def _figures(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from nnunet_ima.errors import UserError
+from nnunet_ima.settings import KEY
 
 
 def safe_load(file: Path) -> dict[str, Any]:
@@ -47,3 +49,29 @@ def safe_load(file: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not {"network_weights", "trainer_name", "init_args"} <= checkpoint.keys():
         raise UserError(f"The file {file} is no checkpoint of nnU-Net v2; give one of its checkpoint_*.pth.")
     return checkpoint
+
+
+def noted_training_cases(checkpoint: Mapping[str, Any]) -> frozenset[str] | None:
+    """The cases that one of our trainers noted down: all its weights ever learned from; None in other checkpoints."""
+    ours = checkpoint["init_args"].get(KEY)
+    noted = ours.get("training_cases") if isinstance(ours, Mapping) else None
+    return frozenset(map(str, noted)) if isinstance(noted, list) else None
+
+
+def training_cases(
+    checkpoint: Mapping[str, Any], splits: Sequence[Mapping[str, Sequence[str]]], all_cases: Sequence[str]
+) -> frozenset[str]:
+    """The cases a checkpoint's weights learned from: as noted, or as its fold and nnU-Net's splits say.
+
+    Args:
+        checkpoint: of the same dataset.
+        splits: content of ``splits_final.json``.
+        all_cases: of the dataset.
+    """
+    noted = noted_training_cases(checkpoint)
+    if noted is not None:
+        return noted
+    fold = checkpoint["init_args"].get("fold")
+    if isinstance(fold, int) and 0 <= fold < len(splits):
+        return frozenset(splits[fold]["train"])
+    return frozenset(all_cases)

@@ -509,3 +509,21 @@ def test_fold_all_warns_that_the_model_has_seen_the_cases(std_2d, tmp_path):
                  "--levels", "1", "--attacks", "pgd:steps=1")  # fmt: skip
     assert report.summary["trained_on_these_cases"]
     assert "trained on these very cases" in (report.folder / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_model_that_started_from_another_folds_is_known_to_have_seen_the_cases(project, std_2d, tmp_path):
+    with project.in_force(), quiet():
+        first = make_trainer(project, nnUNetTrainerSTD, fold=1)
+        first.on_train_start()
+        first.save_checkpoint(str(tmp_path / "fold_1.pth"))
+        second = make_trainer(project, nnUNetTrainerSTD, start_from=str(tmp_path / "fold_1.pth"))
+        second.on_train_start()
+        (tmp_path / "model" / "fold_0").mkdir(parents=True)
+        second.save_checkpoint(str(tmp_path / "model" / "fold_0" / "checkpoint_final.pth"))
+    for name in ("plans.json", "dataset.json"):
+        (tmp_path / "model" / name).write_bytes((std_2d / name).read_bytes())
+    report = run(tmp_path / "out", "-m", str(tmp_path / "model"), "--no-cases", "--max-samples", "1",
+                 "--levels", "1", "--attacks", "pgd:steps=1")  # fmt: skip
+    assert report.summary["trained_on_these_cases"]
+    log = next(Path(second.output_folder).glob("training_log_*.txt")).read_text(encoding="utf-8")
+    assert "validation flatters it" in log

@@ -16,13 +16,14 @@ import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from nnunet_ima import __version__
-from nnunet_ima.checkpoints import safe_load
+from nnunet_ima.checkpoints import safe_load, training_cases
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.files import atomic_path, remove_leftovers, write_text
@@ -82,6 +83,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self.sample_loss: SegmentationLoss
         self._resumed_from: str | None = None
         self._saved: Mapping[str, Any] | None = None
+        # Cases that the weights learned from before this training.
+        self._learned_before: frozenset[str] = frozenset()
 
     # ---- settings and state
 
@@ -133,6 +136,14 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                 f"({_one_line(error)}); use plans with its architecture."
             ) from error
         self.print_to_log_file(f"All weights, those of the output layers included, are taken from {file}.")
+        if checkpoint["init_args"].get("plans", {}).get("dataset_name") == self.plans_manager.dataset_name:
+            splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+            known = json.loads(splits.read_text(encoding="utf-8")) if splits.is_file() else []
+            self._learned_before = training_cases(checkpoint, known, self._all_cases())
+
+    def _all_cases(self) -> list[str]:
+        dataset_class = self.dataset_class or infer_dataset_class(self.preprocessed_dataset_folder)
+        return list(dataset_class.get_identifiers(self.preprocessed_dataset_folder))
 
     def _configure(self) -> None:
         shapes = self._training_shapes()
@@ -147,7 +158,14 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self.sample_loss = SegmentationLoss(self.labels, getattr(self.loss, "weight_factors", None))
         self.start_method(samples)
         if self._saved is not None:
+            self._learned_before = frozenset(self._saved.get("training_cases", ()))
             self.load_method_state(self._saved["state"])
+        known = self._learned_before & self._cases_of(self.dataloader_val)
+        if known and self.fold != "all":
+            self.print_to_log_file(
+                f"WARNING: {len(known)} validation cases of this fold were training cases of the network this training "
+                f"started from; validation flatters it."
+            )
         self.print_to_log_file(
             f"\n{type(self).__name__}: {samples} training samples in {len(shapes)} cases; settings:\n"
             f"{self.configured.describe()}\n",
@@ -173,6 +191,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             "nnunet_ima": __version__,
             "settings": asdict(self.configured.settings),
             "origins": dict(self.configured.origins),
+            # All that the weights ever learned from, so that an evaluation knows.
+            "training_cases": sorted(self._learned_before | self._cases_of(self.dataloader_train)),
         }
 
     # ---- data: which sample is a patch?
@@ -196,6 +216,11 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     def _training_shapes(self) -> list[tuple[int, ...]]:
         dataset = _loader(self.dataloader_train)._data
         return [tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers]
+
+    @staticmethod
+    def _cases_of(augmenter: Any) -> frozenset[str]:
+        # nnU-Net's splits may hold numpy's strings, which a checkpoint could not hold safely.
+        return frozenset(map(str, _loader(augmenter)._data.identifiers))
 
     def samples_of(self, batch: Mapping[str, Any]) -> list[SampleId]:
         """Identity of each sample of a batch: its case and the number of its tile."""
