@@ -7,7 +7,7 @@ the paper's datasets in 2D; computed from the plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -35,7 +35,12 @@ class Settings:
         boundary_search: ``path`` (Algorithm 2) or ``origin`` (Algorithm 3).
         dice_threshold: above it a segmentation is correct.
         dice_reduction: how the Dice of several classes is put together.
-        beta: weight of the perturbed loss, (1 − β) L0 + β L1; 0.5 in the paper.
+        beta: weight of IMA's perturbed loss, (1 − β) L0 + β L1; 0.5 in the paper.
+        trades_beta: weight of TRADES' divergence; 6 in its paper.
+        te_momentum: η of TE's running averages; 0.9 in its paper.
+        te_weight: of TE's pull towards the averages (mean square over voxels and classes) once fully grown; 300 in the
+            authors' program.
+        te_start, te_end: between which shares of the training that weight grows.
         num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length of the training; None for nnU-Net's.
         initial_lr: None for nnU-Net's.
         save_every: epochs between two checkpoints.
@@ -53,6 +58,11 @@ class Settings:
     dice_threshold: float = 0.6
     dice_reduction: Reduction = "mean"
     beta: float = 0.5
+    trades_beta: float = 6.0
+    te_momentum: float = 0.9
+    te_weight: float = 300.0
+    te_start: float = 0.5
+    te_end: float = 0.7
     num_epochs: int | None = None
     num_iterations_per_epoch: int | None = None
     num_val_iterations_per_epoch: int | None = None
@@ -121,6 +131,11 @@ _ALLOWED: dict[str, _Number | _Choice | _File] = {
     "dice_threshold": _Number(0, 1, high_is_allowed=False),
     "dice_reduction": _Choice(REDUCTIONS),
     "beta": _Number(0, 1),
+    "trades_beta": _Number(0, math.inf),
+    "te_momentum": _Number(0, 1, high_is_allowed=False),
+    "te_weight": _Number(0, math.inf),
+    "te_start": _Number(0, 1),
+    "te_end": _Number(0, 1),
     "num_epochs": _Number(1, math.inf, whole=True),
     "num_iterations_per_epoch": _Number(1, math.inf, whole=True),
     "num_val_iterations_per_epoch": _Number(1, math.inf, whole=True),
@@ -128,6 +143,11 @@ _ALLOWED: dict[str, _Number | _Choice | _File] = {
     "save_every": _Number(1, math.inf, whole=True),
     "start_from": _File(),
 }
+
+# What every training reads, what every perturbation does, and the rest of IMA's.
+LENGTHS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr")
+SHARED = (*LENGTHS, "save_every", "start_from")
+PERTURBATION = ("norm", "epsilon", "steps", "step_factor", "dice_threshold", "dice_reduction")
 
 # Section 3.5 of the final paper: L2, 2D slices.
 PAPER: dict[str, dict[str, float]] = {
@@ -166,17 +186,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class Configured:
-    """Settings, and where each value came from."""
+    """Settings, and where each value came from.
+
+    Attributes:
+        settings: all of them.
+        origins: of those that the training's method reads.
+    """
 
     settings: Settings
     origins: Mapping[str, Origin]
 
+    @property
+    def in_force(self) -> dict[str, Any]:
+        """The values that the method reads."""
+        return {name: getattr(self.settings, name) for name in self.origins}
+
     def describe(self) -> str:
         """One line a setting: name, value, origin; for logs."""
         width = max(len(name) for name in self.origins)
-        return "\n".join(
-            f"  {name:<{width}}  {getattr(self.settings, name)}  ({origin})" for name, origin in self.origins.items()
-        )
+        return "\n".join(f"  {name:<{width}}  {value}  ({self.origins[name]})" for name, value in self.in_force.items())
 
 
 def validate(overrides: object, where: str) -> dict[str, Any]:
@@ -196,16 +224,27 @@ def validate(overrides: object, where: str) -> dict[str, Any]:
             raise UserError(f"{where} has the unknown setting {name!r}; allowed are {', '.join(_ALLOWED)}.")
         if not _ALLOWED[name].allows(value):
             raise UserError(f"{where} sets {name} to {value!r}; it must be {_ALLOWED[name]}.")
+    start, end = (overrides.get(name, getattr(Settings, name)) for name in ("te_start", "te_end"))
+    if start > end:
+        raise UserError(f"{where} sets te_start to {start} and te_end to {end}; te_start must not be above te_end.")
     return dict(overrides)
 
 
-def configure(overrides: Mapping[str, Any], plan: Plan, samples: int) -> Configured:
+def configure(
+    overrides: Mapping[str, Any],
+    plan: Plan,
+    samples: int,
+    reads: Collection[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Configured:
     """Put the settings of a training together.
 
     Args:
         overrides: what the user wrote, already validated.
         plan: the planned training, its length with the overrides applied.
         samples: training samples, that is tiles of nnU-Net's sliding window over all training cases.
+        reads: settings that the method reads; None for all. The others may be set, for another method's sake.
+        defaults: of the method, where they differ from :class:`Settings`.
     """
     norm: Norm = overrides.get("norm", "l2")
     computed = _from_paper(plan, norm)
@@ -213,22 +252,20 @@ def configure(overrides: Mapping[str, Any], plan: Plan, samples: int) -> Configu
     epsilon = overrides.get("epsilon", computed.get("epsilon", default_epsilon(plan, norm)))
     computed.setdefault("epsilon", epsilon)
     # The paper's Δε belongs to the paper's ε: with another ε it is computed.
-    if "epsilon" in overrides or "delta_epsilon" not in computed:
+    own_step = "epsilon" in overrides or "delta_epsilon" not in computed
+    if own_step:
         computed["delta_epsilon"] = default_delta_epsilon(epsilon, expected_visits(plan, samples))
-    from_plan = {"delta_epsilon"} if "epsilon" in overrides else set()
-    values = {**computed, **overrides}
-    names = [field.name for field in fields(Settings)]
-    origins: dict[str, Origin] = {
-        name: "user"
-        if name in overrides
-        else "self-configured"
-        if name in from_plan
-        else origin
-        if name in computed
-        else "default"
-        for name in names
-    }
-    return Configured(replace(Settings(), **values), origins)
+
+    def origin_of(name: str) -> Origin:
+        if name in overrides:
+            return "user"
+        if name not in computed:
+            return "default"
+        return "self-configured" if name == "delta_epsilon" and own_step else origin
+
+    names = [field.name for field in fields(Settings) if reads is None or field.name in reads]
+    settings = replace(Settings(), **{**(defaults or {}), **computed, **overrides})
+    return Configured(settings, {name: origin_of(name) for name in names})
 
 
 def default_epsilon(plan: Plan, norm: Norm) -> float:

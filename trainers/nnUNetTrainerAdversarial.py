@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import pickle
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -30,11 +30,31 @@ from nnunet_ima.files import atomic_path, remove_leftovers, write_text
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, SegmentationLoss
 from nnunet_ima.margins import SampleId
-from nnunet_ima.settings import KEY, Configured, Plan, Settings, configure, validate
+from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Plan, Settings, configure, validate
 from nnunet_ima.threat import ThreatModel, freeze_channels, image_range
 from nnunet_ima.tile_loader import TileDataLoader
 from nnunet_ima.tiles import count_tiles
 from nnunet_ima.training_log import AdversarialLogger, Panel
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What nnU-Net's loader gives, on the training's device.
+
+    Attributes:
+        images: (B, C, *spatial).
+        targets: nnU-Net's; a list with deep supervision.
+        samples: identity of each.
+        coordinates: (B, 3, *spatial) on the CPU, from where in its case each voxel was taken; None unless
+            :attr:`nnUNetTrainerAdversarial.loader_class` gives them.
+    """
+
+    images: Tensor
+    targets: Outputs
+    samples: Sequence[SampleId]
+    coordinates: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,8 @@ class Step:
 
     Attributes:
         loss: scalar, to be minimised.
-        counts: named numbers that add up over steps and ranks; the method turns their sums into the epoch's log.
+        counts: named numbers that add up over steps and ranks; :meth:`nnUNetTrainerAdversarial.epoch_log` turns their
+            sums into the epoch's log.
     """
 
     loss: Tensor
@@ -57,6 +78,10 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     """
 
     panels: ClassVar[Sequence[Panel]] = ()
+    # Settings that the method reads beside the shared ones, and its own defaults.
+    reads: ClassVar[Collection[str]] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    loader_class: ClassVar[type[TileDataLoader]] = TileDataLoader
 
     def __init__(
         self,
@@ -71,7 +96,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                 raise UserError(f"{type(self).__name__} is only the base of trainers; use -tr nnUNetTrainerIMA.")
             self.overrides = _read_overrides(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr"):
+        for name in LENGTHS:
             if self.overrides.get(name) is not None:
                 setattr(self, name, self.overrides[name])
         self.save_every = self.overrides.get("save_every", Settings.save_every)
@@ -146,16 +171,18 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         return list(dataset_class.get_identifiers(self.preprocessed_dataset_folder))
 
     def _configure(self) -> None:
-        shapes = self._training_shapes()
-        samples = sum(count_tiles(shape, self.configuration_manager.patch_size) for shape in shapes)
-        self.configured = configure(self.overrides, self.plan(), samples)
+        self.training_shapes = self._training_shapes()
+        patch_size = self.configuration_manager.patch_size
+        samples = sum(count_tiles(shape, patch_size) for shape in self.training_shapes.values())
+        self.configured = configure(self.overrides, self.plan(), samples, (*SHARED, *self.reads), self.defaults)
         # What is said to be in force is: a length that was left to nnU-Net is nnU-Net's.
-        lengths = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr")
-        self.settings = replace(self.configured.settings, **{name: getattr(self, name) for name in lengths})
+        self.settings = replace(self.configured.settings, **{name: getattr(self, name) for name in LENGTHS})
         self.configured = Configured(self.settings, self.configured.origins)
         self.criterion = DiceCriterion(self.settings.dice_threshold, self.settings.dice_reduction, self.labels)
         # nnU-Net's loss with one value a sample, with its deep-supervision weights.
         self.sample_loss = SegmentationLoss(self.labels, getattr(self.loss, "weight_factors", None))
+        self.generator = torch.Generator(self.device)
+        self.generator.seed()
         self.start_method(samples)
         if self._saved is not None:
             self._learned_before = frozenset(self._saved.get("training_cases", ()))
@@ -167,10 +194,13 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                 f"started from; validation flatters it."
             )
         self.print_to_log_file(
-            f"\n{type(self).__name__}: {samples} training samples in {len(shapes)} cases; settings:\n"
+            f"\n{type(self).__name__}: {samples} training samples in {len(self.training_shapes)} cases; settings:\n"
             f"{self.configured.describe()}\n",
             add_timestamp=False,
         )
+        unread = [name for name in self.overrides if name not in self.configured.origins]
+        if unread:
+            self.print_to_log_file(f"Settings for other methods, of no effect here: {', '.join(unread)}.")
         if self.local_rank == 0:
             write_text(Path(self.output_folder) / "nnunet_ima_settings.json", json.dumps(self._described(), indent=2))
 
@@ -189,7 +219,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         return {
             "trainer": type(self).__name__,
             "nnunet_ima": __version__,
-            "settings": asdict(self.configured.settings),
+            "settings": self.configured.in_force,
             "origins": dict(self.configured.origins),
             # All that the weights ever learned from, so that an evaluation knows.
             "training_cases": sorted(self._learned_before | self._cases_of(self.dataloader_train)),
@@ -208,14 +238,14 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             )
         # Taking over the object that nnU-Net has set up, rather than building a second one, keeps whatever this or a
         # later version of nnU-Net passes to it. Workers that already run hold the old class, so they start again.
-        loader.__class__ = TileDataLoader
+        loader.__class__ = self.loader_class
         if isinstance(train, NonDetMultiThreadedAugmenter):
             train.restart()
         return train, validation
 
-    def _training_shapes(self) -> list[tuple[int, ...]]:
+    def _training_shapes(self) -> dict[str, tuple[int, ...]]:
         dataset = _loader(self.dataloader_train)._data
-        return [tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers]
+        return {str(case): tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
 
     @staticmethod
     def _cases_of(augmenter: Any) -> frozenset[str]:
@@ -250,7 +280,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         )
         self.optimizer.zero_grad(set_to_none=True)
         with _exit_with_sentence():
-            step = self.adversarial_step(images, targets, self.samples_of(batch))
+            step = self.adversarial_step(Batch(images, targets, self.samples_of(batch), batch.get("coordinates")))
         if self.grad_scaler is not None:
             torch.autograd.backward(self.grad_scaler.scale(step.loss))
             self.grad_scaler.unscale_(self.optimizer)
@@ -296,13 +326,21 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log as nnU-Net does, then the method's own values, over all ranks."""
-        counts = _sum_over_ranks(_sums([c for output in train_outputs for c in output.pop("counts")]), self.is_ddp)
+        counts = _sums(self.from_all_ranks(_sums([c for output in train_outputs for c in output.pop("counts")])))
         super().on_train_epoch_end(train_outputs)
         values = self.epoch_log(counts)
         for key, value in values.items():
             self.logger.log(key, value, self.current_epoch)
         if values:
             self.print_to_log_file(", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+
+    def from_all_ranks(self, value: T) -> list[T]:
+        """What each rank holds, in their order; without DDP this one's alone."""
+        if not self.is_ddp:
+            return [value]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     # ---- checkpoints
 
@@ -354,13 +392,17 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         """Called once the settings are known, before the first step; ``samples`` is the number of training samples."""
 
     @abstractmethod
-    def adversarial_step(self, images: Tensor, targets: Outputs, samples: Sequence[SampleId]) -> Step:
-        """Loss of one batch: images (B, C, *spatial), nnU-Net's targets, and the identity of each sample."""
+    def adversarial_step(self, batch: Batch) -> Step:
+        """Loss of one batch."""
         raise NotImplementedError("each method has its own step")
 
-    def epoch_log(self, counts: Mapping[str, float]) -> Mapping[str, float]:  # noqa: ARG002 (for methods to use)
-        """Values to log for an epoch (every key of :attr:`panels`), from the sums of its steps' counts."""
-        return {}
+    def epoch_log(self, counts: Mapping[str, float]) -> Mapping[str, float]:
+        """Values to log for an epoch (every key of :attr:`panels`), from the sums of its steps' counts.
+
+        Unless overridden: means over steps, and ``passes_per_sample`` from ``forward_passes``.
+        """
+        means = {**counts, "passes_per_sample": counts["forward_passes"] / counts["samples"] * counts["steps"]}
+        return {key: means[key] / counts["steps"] for panel in self.panels for key in panel.curves}
 
     def method_state(self) -> dict[str, Any]:
         """State to keep in checkpoints: plain numbers, strings and tensors."""
@@ -412,14 +454,6 @@ def _check_finite(images: Tensor, cases: Sequence[str]) -> None:
 
 def _sums(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.sum([count[key] for count in counts])) for key in counts[0]} if counts else {}
-
-
-def _sum_over_ranks(sums: dict[str, float], is_ddp: bool) -> dict[str, float]:
-    if not is_ddp:
-        return sums
-    gathered: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, sums)
-    return _sums(gathered)
 
 
 def _one_line(error: BaseException) -> str:

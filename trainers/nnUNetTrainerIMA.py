@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from nnunet_ima.attacks.bpgd import generate_adversarial
 from nnunet_ima.attacks.oracle import Oracle, undisturbed
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.lp import random_on_sphere
 from nnunet_ima.margins import MarginTable, SampleId, updated_margins
-from nnunet_ima.settings import expected_visits
+from nnunet_ima.settings import PERTURBATION, expected_visits
 from nnunet_ima.threat import ThreatModel
-from nnunet_ima.trainers.nnUNetTrainerAdversarial import Step, nnUNetTrainerAdversarial
+from nnunet_ima.trainers.nnUNetTrainerAdversarial import Batch, Step, nnUNetTrainerAdversarial
 from nnunet_ima.training_log import Panel, draw_margins
 
 HISTOGRAM_BINS = 30
@@ -31,6 +30,7 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
     when the perturbation went too far.
     """
 
+    reads: ClassVar[Collection[str]] = (*PERTURBATION, "delta_epsilon", "bisections", "boundary_search", "beta")
     panels: ClassVar[Sequence[Panel]] = (
         Panel("loss", {"clean_losses": "clean", "perturbed_losses": "perturbed"}),
         Panel(
@@ -54,12 +54,11 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         settings = self.settings
         self.margins = MarginTable(settings.delta_epsilon, settings.epsilon, settings.norm)
         self.histograms: list[list[int]] = []
-        self.generator = torch.Generator(self.device)
-        self.generator.seed()
         self.print_to_log_file(f"IMA draws each sample about {expected_visits(self.plan(), samples):.1f} times.")
 
-    def adversarial_step(self, images: Tensor, targets: Outputs, samples: Sequence[SampleId]) -> Step:
+    def adversarial_step(self, batch: Batch) -> Step:
         """Lines 2 to 17 of Algorithm 1 for a batch."""
+        images, targets, samples = batch.images, batch.targets, batch.samples
         outputs = self.forward(images)
         clean_loss = self.nnunet_loss(outputs, targets)
 
@@ -151,11 +150,7 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Bring the ranks' margins together, then log."""
-        changes = [self.margins.changes()]
-        if self.is_ddp:
-            changes = changes * dist.get_world_size()
-            dist.all_gather_object(changes, self.margins.changes())
-        self.margins.merge(changes)
+        self.margins.merge(self.from_all_ranks(self.margins.changes()))
         super().on_train_epoch_end(train_outputs)
 
     def epoch_log(self, counts: Mapping[str, float]) -> Mapping[str, float]:
