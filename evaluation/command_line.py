@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_evaluate(commands.add_parser("evaluate", help="attack a trained model on its validation cases"))
 
+    _add_configure(commands.add_parser("configure", help="show a training's settings, or write a new configuration"))
+    _add_export(commands.add_parser("export", help="turn a hardened model into one of stock nnU-Net"))
+
     demo = commands.add_parser("demo", help="train a stock and a hardened model, attack both, write a page about it")
     demo.add_argument("-o", "--output", type=Path, default=Path("demo"), help="where to work; default: ./demo")
     demo.add_argument("--data", type=Path, help="a task folder of the Decathlon; default: a phantom made here")
@@ -57,14 +60,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, trainer: str) -> None:
     parser.add_argument("-d", "--dataset", help="number or name of the dataset, as for nnUNetv2_train")
     parser.add_argument("-c", "--configuration", help="such as 2d or 3d_fullres")
-    parser.add_argument("-f", "--fold", default="0", help="fold whose validation cases are attacked, or all; default 0")
-    parser.add_argument("-tr", "--trainer", default="nnUNetTrainer", help="default nnUNetTrainer")
+    parser.add_argument("-tr", "--trainer", default=trainer, help=f"default {trainer}")
     parser.add_argument("-p", "--plans", default="nnUNetPlans", help="default nnUNetPlans")
     parser.add_argument("-chk", "--checkpoint", default="checkpoint_final.pth", help="default checkpoint_final.pth")
     parser.add_argument("-m", "--model", type=Path, help="a model folder, instead of -d -c -tr -p")
+
+
+def _add_configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", "--dataset", required=True, help="number or name of the dataset, as for nnUNetv2_train")
+    parser.add_argument("-c", "--configuration", required=True, help="such as 2d or 3d_fullres")
+    parser.add_argument("-f", "--fold", default="0", help="whose training cases are counted; default 0")
+    parser.add_argument("-tr", "--trainer", default="nnUNetTrainerIMA", help="default nnUNetTrainerIMA")
+    parser.add_argument("-p", "--plans", default="nnUNetPlans", help="default nnUNetPlans")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the new configuration")
+    parser.add_argument("--name", help="of the new configuration; default: CONFIGURATION_ima")
+    parser.set_defaults(run=_configure)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "nnUNetTrainerIMA")
+    parser.add_argument("--plans-name", help="name of the exported model's plans; default: the same")
+    parser.add_argument("-o", "--output", type=Path, help="folder to put it in; default: beside the model")
+    parser.add_argument("-device", default="cpu", help="on which to verify; default cpu")
+    parser.set_defaults(run=_export)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "nnUNetTrainer")
+    parser.add_argument("-f", "--fold", default="0", help="fold whose validation cases are attacked, or all; default 0")
     parser.add_argument("--protocol", default="sound", choices=("sound", "paper"), help="default sound")
     parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
     parser.add_argument("--levels", nargs="+", help="default 5 15 25 for l2, 2/255 4/255 8/255 for linf")
@@ -115,6 +141,36 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"Written to {folder}")
+    return 0
+
+
+def _configure(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.configure import add_configuration, find_planned, in_force, parse_settings
+    from nnunet_ima.evaluation.evaluate import read_fold
+
+    planned = find_planned(options.dataset, options.plans)
+    shown, settings, fold = options.configuration, parse_settings(options.set), read_fold(options.fold)
+    if settings or options.name:
+        shown = options.name or f"{options.configuration}_ima"
+        add_configuration(planned, options.configuration, shown, settings)
+        print(f"Configuration {shown} is in {planned.plans_file}; it inherits from {options.configuration}.")
+    configured, explanation = in_force(planned, shown, options.trainer, fold)
+    print(f"\n{options.trainer}, configuration {shown}, fold {fold}:\n\n{configured.describe()}\n")
+    print("\n".join(f"- {sentence}" for sentence in explanation))
+    plans = "" if options.plans == "nnUNetPlans" else f" -p {options.plans}"
+    print(f"\nTrain it: nnUNetv2_train {options.dataset} {shown} {fold} -tr {options.trainer}{plans}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.environment import choose_device
+    from nnunet_ima.evaluation.evaluate import choose_model
+    from nnunet_ima.evaluation.export import export_model
+
+    model = choose_model(options.model, options.dataset, options.configuration, options.trainer, options.plans)
+    device = choose_device(options.device)
+    target = export_model(model, options.output or model.parent, options.checkpoint, device, options.plans_name)
+    print(f"{target} predicts what {model.name} does, bit for bit, and needs nothing but nnU-Net.")
     return 0
 
 

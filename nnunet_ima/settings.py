@@ -18,7 +18,8 @@ from nnunet_ima.lp import NORMS, Norm
 
 KEY = "nnunet_ima"
 
-Origin = Literal["user", "paper", "self-configured", "default"]
+Origin = Literal["user", "trainer", "paper", "self-configured", "default"]
+"""Where a value comes from; ``trainer``: from the name of the trainer, such as ``nnUNetTrainerIMA_50epochs``."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,39 @@ def configure(
     names = [field.name for field in fields(Settings) if reads is None or field.name in reads]
     settings = replace(Settings(), **{**(defaults or {}), **computed, **overrides})
     return Configured(settings, {name: origin_of(name) for name in names})
+
+
+def explain(configured: Configured, plan: Plan, samples: int) -> list[str]:
+    """Sentences on what was computed, and from what."""
+    settings, origins = configured.settings, configured.origins
+    voxels, visits = math.prod(plan.patch_size) * plan.channels, expected_visits(plan, samples)
+    patch = " x ".join(map(str, plan.patch_size))
+    told = [
+        f"{samples} training samples (tiles of {patch} voxels, {plan.channels} channels) are drawn about {visits:.1f} "
+        f"times each: {plan.num_epochs} epochs of {plan.num_iterations_per_epoch} batches of {plan.batch_size}."
+    ]
+    if origins.get("epsilon") == "self-configured" and settings.norm == "l2":
+        told.append(
+            f"epsilon {settings.epsilon:g} = {_EPSILON_FACTOR} * {voxels}^{_EPSILON_EXPONENT}: a power law through the "
+            f"paper's three datasets, in the number of voxels of a patch times channels."
+        )
+    elif origins.get("epsilon") == "self-configured":
+        told.append(
+            f"epsilon {settings.epsilon:g}: the energy of the power law for L2, spread evenly over {voxels} voxels."
+        )
+    elif origins.get("epsilon") == "paper":
+        told.append(f"epsilon {settings.epsilon:g} and what belongs to it are the paper's for {plan.dataset} in 2D.")
+    if origins.get("delta_epsilon") == "self-configured":
+        told.append(
+            f"delta_epsilon {settings.delta_epsilon:g}: a margin moves once a visit, so epsilon is reached in a third "
+            f"of the visits if a step between epsilon/{_MOST_EXPANSIONS:g} and epsilon/{_FEWEST_EXPANSIONS:g} (the "
+            f"paper's smallest and largest) allows."
+        )
+    if "delta_epsilon" in origins and visits < 3 * _FEWEST_EXPANSIONS:
+        told.append(
+            "So few visits leave margins small: train longer, or on fewer cases, or start from a trained model."
+        )
+    return told
 
 
 def default_epsilon(plan: Plan, norm: Norm) -> float:

@@ -30,7 +30,7 @@ from nnunet_ima.files import atomic_path, remove_leftovers, write_text
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, SegmentationLoss
 from nnunet_ima.margins import SampleId
-from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Plan, Settings, configure, validate
+from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Origin, Plan, Settings, configure, validate
 from nnunet_ima.threat import ThreatModel, freeze_channels, image_range
 from nnunet_ima.tile_loader import TileDataLoader
 from nnunet_ima.tiles import count_tiles
@@ -82,6 +82,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     reads: ClassVar[Collection[str]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
     loader_class: ClassVar[type[TileDataLoader]] = TileDataLoader
+    # What a variant changes about nnU-Net's length and learning rate; the user's settings go before it.
+    lengths: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -96,9 +98,9 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                 raise UserError(f"{type(self).__name__} is only the base of trainers; use -tr nnUNetTrainerIMA.")
             self.overrides = _read_overrides(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        for name in LENGTHS:
-            if self.overrides.get(name) is not None:
-                setattr(self, name, self.overrides[name])
+        for name, value in {**self.lengths, **self.overrides}.items():
+            if name in LENGTHS:
+                setattr(self, name, value)
         self.save_every = self.overrides.get("save_every", Settings.save_every)
         self.logger.local_logger = AdversarialLogger(self.panels)
         # What is in force; put together in on_train_start, when the training cases are known.
@@ -171,13 +173,10 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         return list(dataset_class.get_identifiers(self.preprocessed_dataset_folder))
 
     def _configure(self) -> None:
-        self.training_shapes = self._training_shapes()
-        patch_size = self.configuration_manager.patch_size
-        samples = sum(count_tiles(shape, patch_size) for shape in self.training_shapes.values())
-        self.configured = configure(self.overrides, self.plan(), samples, (*SHARED, *self.reads), self.defaults)
-        # What is said to be in force is: a length that was left to nnU-Net is nnU-Net's.
-        self.settings = replace(self.configured.settings, **{name: getattr(self, name) for name in LENGTHS})
-        self.configured = Configured(self.settings, self.configured.origins)
+        self.training_shapes = _shapes(_loader(self.dataloader_train)._data)
+        samples = self.count_samples()
+        self.configured = self._configured()
+        self.settings = self.configured.settings
         self.criterion = DiceCriterion(self.settings.dice_threshold, self.settings.dice_reduction, self.labels)
         # nnU-Net's loss with one value a sample, with its deep-supervision weights.
         self.sample_loss = SegmentationLoss(self.labels, getattr(self.loss, "weight_factors", None))
@@ -215,6 +214,24 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             batch_size=self.configuration_manager.batch_size,
         )
 
+    def preview(self) -> tuple[Configured, Plan, int]:
+        """What a training would use, without starting one: settings, plan, number of training samples."""
+        training, _ = self.get_tr_and_val_datasets()
+        self.training_shapes = _shapes(training)
+        return self._configured(), self.plan(), self.count_samples()
+
+    def count_samples(self) -> int:
+        """Training samples: tiles of all training cases."""
+        patch_size = self.configuration_manager.patch_size
+        return sum(count_tiles(shape, patch_size) for shape in self.training_shapes.values())
+
+    def _configured(self) -> Configured:
+        configured = configure(self.overrides, self.plan(), self.count_samples(), (*SHARED, *self.reads), self.defaults)
+        # What is said to be in force is: a length that was left to nnU-Net is nnU-Net's.
+        settings = replace(configured.settings, **{name: getattr(self, name) for name in LENGTHS})
+        by_name: dict[str, Origin] = {name: "trainer" for name in self.lengths if name not in self.overrides}
+        return Configured(settings, {**configured.origins, **by_name})
+
     def _described(self) -> dict[str, Any]:
         return {
             "trainer": type(self).__name__,
@@ -242,10 +259,6 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         if isinstance(train, NonDetMultiThreadedAugmenter):
             train.restart()
         return train, validation
-
-    def _training_shapes(self) -> dict[str, tuple[int, ...]]:
-        dataset = _loader(self.dataloader_train)._data
-        return {str(case): tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
 
     @staticmethod
     def _cases_of(augmenter: Any) -> frozenset[str]:
@@ -440,6 +453,10 @@ def _exit_with_sentence() -> Iterator[None]:
 
 def _loader(augmenter: Any) -> Any:
     return augmenter.data_loader if isinstance(augmenter, SingleThreadedAugmenter) else augmenter.generator
+
+
+def _shapes(dataset: Any) -> dict[str, tuple[int, ...]]:
+    return {str(case): tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
 
 
 def _check_finite(images: Tensor, cases: Sequence[str]) -> None:
