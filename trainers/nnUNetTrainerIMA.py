@@ -71,7 +71,14 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
 
         threat = self.patch_threat(images, margins).select(index)
         perturbed, crossed, passes = self._generate(images[index], targets, index, threat)
-        perturbed_loss, still_correct = self._perturbed_loss(outputs, perturbed, targets, index, clean_loss)
+        if len(index) or not self.is_ddp:
+            perturbed_loss, still_correct = self._perturbed_loss(outputs, perturbed, targets, index, clean_loss)
+        else:
+            # The loss, and layers that synchronise, gather from all ranks: a rank must not skip the second pass because
+            # it has nothing perturbed. It sends one clean sample through again, which changes nothing.
+            anyone = torch.zeros(1, dtype=torch.long, device=images.device)
+            perturbed_loss, _ = self._perturbed_loss(outputs, images[:1], targets, anyone, clean_loss)
+            still_correct = crossed
 
         distance = threat.distance(perturbed, images[index])
         new_margins = margins.clone()
@@ -132,9 +139,7 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         samples' outputs stand in for the clean ones. Without any it is L0, and so is the step: stock nnU-Net's.
         """
         if not len(index):
-            # With batch_dice the loss gathers from all ranks: a rank must not skip it because it has nothing perturbed.
-            loss = self.nnunet_loss(outputs, targets) if self.is_ddp else clean_loss
-            return loss, torch.zeros(0, dtype=torch.bool, device=perturbed.device)
+            return clean_loss, torch.zeros(0, dtype=torch.bool, device=perturbed.device)
         again = self.forward(perturbed)
         mixed: Outputs
         if isinstance(outputs, Tensor):
