@@ -42,6 +42,10 @@ class Settings:
         te_weight: of TE's pull towards the averages (mean square over voxels and classes) once fully grown; 300 in the
             authors' program.
         te_start, te_end: between which shares of the training that weight grows.
+        robust_every: epochs between measurements of the robust Dice (PGD-10 on fixed validation patches); 0 for none.
+        robust_patches: how many patches that is measured on.
+        robust_epsilon: at which noise level; None for ε/3.
+        snapshots: how many times IMA keeps the weights, at equal steps of the largest margin up to ε; 0 for never.
         num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length of the training; None for nnU-Net's.
         initial_lr: None for nnU-Net's.
         save_every: epochs between two checkpoints.
@@ -64,6 +68,10 @@ class Settings:
     te_weight: float = 300.0
     te_start: float = 0.5
     te_end: float = 0.7
+    robust_every: int = 5
+    robust_patches: int = 16
+    robust_epsilon: float | None = None
+    snapshots: int = 8
     num_epochs: int | None = None
     num_iterations_per_epoch: int | None = None
     num_val_iterations_per_epoch: int | None = None
@@ -137,6 +145,10 @@ _ALLOWED: dict[str, _Number | _Choice | _File] = {
     "te_weight": _Number(0, math.inf),
     "te_start": _Number(0, 1),
     "te_end": _Number(0, 1),
+    "robust_every": _Number(0, math.inf, whole=True),
+    "robust_patches": _Number(1, 10_000, whole=True),
+    "robust_epsilon": _Number(0, math.inf, low_is_allowed=False),
+    "snapshots": _Number(0, 1000, whole=True),
     "num_epochs": _Number(1, math.inf, whole=True),
     "num_iterations_per_epoch": _Number(1, math.inf, whole=True),
     "num_val_iterations_per_epoch": _Number(1, math.inf, whole=True),
@@ -148,7 +160,8 @@ _ALLOWED: dict[str, _Number | _Choice | _File] = {
 # What every training reads, what every perturbation does, and the rest of IMA's.
 LENGTHS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr")
 SHARED = (*LENGTHS, "save_every", "start_from")
-PERTURBATION = ("norm", "epsilon", "steps", "step_factor", "dice_threshold", "dice_reduction")
+ROBUST = ("robust_every", "robust_patches", "robust_epsilon")
+PERTURBATION = ("norm", "epsilon", "steps", "step_factor", "dice_threshold", "dice_reduction", *ROBUST)
 
 # Section 3.5 of the final paper: L2, 2D slices.
 PAPER: dict[str, dict[str, float]] = {

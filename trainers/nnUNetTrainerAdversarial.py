@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,9 +28,11 @@ from nnunet_ima.checkpoints import safe_load, training_cases
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.files import atomic_path, remove_leftovers, write_text
+from nnunet_ima.fixed_patches import fixed_patches
 from nnunet_ima.labels import Labels
-from nnunet_ima.losses import Outputs, SegmentationLoss
+from nnunet_ima.losses import Outputs, SegmentationLoss, first
 from nnunet_ima.margins import SampleId
+from nnunet_ima.robust_dice import RobustDice
 from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Origin, Plan, Settings, configure, validate
 from nnunet_ima.threat import ThreatModel, freeze_channels, image_range
 from nnunet_ima.tile_loader import TileDataLoader
@@ -37,6 +40,8 @@ from nnunet_ima.tiles import count_tiles
 from nnunet_ima.training_log import AdversarialLogger, Panel
 
 T = TypeVar("T")
+
+ROBUST_PANEL = Panel("Dice", {"mean_fg_dice": "pseudo Dice", "robust_dice": "the same under PGD-10, fixed patches"})
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,9 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             if name in LENGTHS:
                 setattr(self, name, value)
         self.save_every = self.overrides.get("save_every", Settings.save_every)
-        self.logger.local_logger = AdversarialLogger(self.panels)
+        measured = (ROBUST_PANEL,) if "robust_every" in self.reads else ()
+        self.all_panels = (*self.panels, *measured)
+        self.logger.local_logger = AdversarialLogger(self.all_panels)
         # What is in force; put together in on_train_start, when the training cases are known.
         self.configured: Configured
         self.settings: Settings
@@ -110,6 +117,9 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self.sample_loss: SegmentationLoss
         self._resumed_from: str | None = None
         self._saved: Mapping[str, Any] | None = None
+        # Highest geometric mean of pseudo Dice and robust Dice so far.
+        self.best_robust: float | None = None
+        self._robust_dice: RobustDice | None = None
         # Cases that the weights learned from before this training.
         self._learned_before: frozenset[str] = frozenset()
 
@@ -182,9 +192,11 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self.sample_loss = SegmentationLoss(self.labels, getattr(self.loss, "weight_factors", None))
         self.generator = torch.Generator(self.device)
         self.generator.seed()
+        self._start_robust_dice()
         self.start_method(samples)
         if self._saved is not None:
             self._learned_before = frozenset(self._saved.get("training_cases", ()))
+            self.best_robust = self._saved.get("best_robust")
             self.load_method_state(self._saved["state"])
         known = self._learned_before & self._cases_of(self.dataloader_val)
         if known and self.fold != "all":
@@ -238,9 +250,54 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             "nnunet_ima": __version__,
             "settings": self.configured.in_force,
             "origins": dict(self.configured.origins),
+            "best_robust": self.best_robust,
             # All that the weights ever learned from, so that an evaluation knows.
             "training_cases": sorted(self._learned_before | self._cases_of(self.dataloader_train)),
         }
+
+    # ---- robust Dice
+
+    def _start_robust_dice(self) -> None:
+        settings = self.settings
+        if "robust_every" not in self.configured.origins or not settings.robust_every or not settings.epsilon:
+            return
+        loader = _loader(self.dataloader_val)
+        images, targets = fixed_patches(loader, settings.robust_patches, self.label_manager.ignore_label)
+        if not len(images):
+            self.print_to_log_file("No validation case holds foreground, so no robust Dice is measured.")
+            return
+        epsilon = settings.robust_epsilon or settings.epsilon / 3
+        images = images.to(self.device)
+        self._robust_dice = RobustDice(
+            images=images,
+            targets=first(targets).to(self.device),
+            threat=self.patch_threat(images, torch.full((len(images),), epsilon, device=self.device)),
+            criterion=self.criterion,
+            batch_size=self.batch_size,
+            autocast=self.autocast,
+        )
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """Log as nnU-Net does, then the robust Dice, and keep the best checkpoint by the paper's criterion.
+
+        That is the geometric mean of the two Dice (final paper, B and C). NaN is logged where nothing was measured.
+        """
+        super().on_validation_epoch_end(val_outputs)
+        if "robust_every" not in self.configured.origins:
+            return
+        robust = float("nan")
+        due = self.settings.robust_every and (self.current_epoch + 1) % self.settings.robust_every == 0
+        if self._robust_dice is not None and (due or self.current_epoch == self.num_epochs - 1):
+            robust = self._robust_dice(self.bare_network)
+        self.logger.log("robust_dice", robust, self.current_epoch)
+        if math.isnan(robust):
+            return
+        clean = float(self.logger.get_value("mean_fg_dice", step=-1))
+        score = math.sqrt(max(clean, 0.0) * robust)
+        self.print_to_log_file(f"Robust Dice {robust:.4f}, geometric mean with the pseudo Dice {score:.4f}")
+        if self.best_robust is None or score > self.best_robust:
+            self.best_robust = score
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best_robust.pth"))
 
     # ---- data: which sample is a patch?
 
@@ -364,18 +421,35 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             return
         self.my_init_kwargs[KEY] = {**self._described(), "state": self.method_state()}
         try:
-            with atomic_path(Path(filename)) as temporary:
-                super().save_checkpoint(str(temporary))
+            self._write(Path(filename), super().save_checkpoint)
+        finally:
+            del self.my_init_kwargs[KEY]
+
+    def save_weights(self, file: Path) -> None:
+        """Only what prediction and evaluation need, in nnU-Net's format; nothing can be continued from it."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        content = {
+            "network_weights": self.bare_network.state_dict(),
+            "init_args": {**self.my_init_kwargs, KEY: self._described()},
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "current_epoch": self.current_epoch + 1,
+        }
+        self._write(file, lambda temporary: torch.save(content, temporary))
+
+    def _write(self, file: Path, write: Callable[[str], None]) -> None:
+        try:
+            with atomic_path(file) as temporary:
+                write(str(temporary))
         except torch.OutOfMemoryError:
             raise
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError of its zip writer.
             raise SystemExit(
-                f"The checkpoint {filename} could not be written ({_one_line(error)}); an older one is kept: make room "
+                f"The checkpoint {file} could not be written ({_one_line(error)}); an older one is kept: make room "
                 f"or the folder writable, then continue with --c."
             ) from error
-        finally:
-            del self.my_init_kwargs[KEY]
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
         """nnU-Net's, keeping the method's state for :meth:`on_train_start`."""
@@ -395,7 +469,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         if self._saved is not None and self._saved.get("trainer") != type(self).__name__:
             self._saved = None
         if isinstance(self.logger.local_logger, AdversarialLogger):
-            for panel in self.panels:
+            for panel in self.all_panels:
                 for key in panel.curves:
                     self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from nnunet_ima.training_log import Panel, draw_margins
 
 HISTOGRAM_BINS = 30
 QUANTILES = (0.1, 0.5, 0.9)
+SNAPSHOTS = "snapshot_epoch_*.pth"
 
 
 class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
@@ -30,7 +32,14 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
     when the perturbation went too far.
     """
 
-    reads: ClassVar[Collection[str]] = (*PERTURBATION, "delta_epsilon", "bisections", "boundary_search", "beta")
+    reads: ClassVar[Collection[str]] = (
+        *PERTURBATION,
+        "delta_epsilon",
+        "bisections",
+        "boundary_search",
+        "beta",
+        "snapshots",
+    )
     panels: ClassVar[Sequence[Panel]] = (
         Panel("loss", {"clean_losses": "clean", "perturbed_losses": "perturbed"}),
         Panel(
@@ -54,6 +63,8 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         settings = self.settings
         self.margins = MarginTable(settings.delta_epsilon, settings.epsilon, settings.norm)
         self.histograms: list[list[int]] = []
+        # Epochs after which the weights were kept, with the largest margin then.
+        self.snapshots: list[tuple[int, float]] = []
         self.print_to_log_file(f"IMA draws each sample about {expected_visits(self.plan(), samples):.1f} times.")
 
     def adversarial_step(self, batch: Batch) -> Step:
@@ -176,8 +187,18 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
             "visits_mean": float(self.margins.all_visits().float().mean()) if has_margins else 0.0,
         }
 
+    def on_train_start(self) -> None:
+        """As every training; snapshots of a training that is not continued, or of epochs that were lost, go."""
+        super().on_train_start()
+        if self.local_rank == 0:
+            kept = {self._snapshot_file(epoch).name for epoch, _ in self.snapshots}
+            for file in Path(self.output_folder).glob(SNAPSHOTS):
+                if file.name not in kept:
+                    file.unlink()
+
     def on_epoch_end(self) -> None:
-        """As nnU-Net, and the picture of the margins."""
+        """As nnU-Net, but a snapshot comes before the checkpoint that knows of it; then the picture of margins."""
+        self._keep_snapshot()
         super().on_epoch_end()
         if self.local_rank == 0:
             unit = f"{self.settings.norm.upper().replace('LINF', 'Linf')}, z-scores"
@@ -188,12 +209,31 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
                 # No picture is worth a training.
                 self.print_to_log_file(f"{file} could not be drawn: {error}")
 
+    def _keep_snapshot(self) -> None:
+        """Keep the weights when the largest margin has reached the next of ``snapshots`` equal steps up to ε.
+
+        Supplement C.2: the largest margin is the handle on the trade-off; nnunet_ima select chooses among these.
+        """
+        wanted, epsilon = self.settings.snapshots, self.settings.epsilon
+        if not wanted or not epsilon or not len(self.margins):
+            return
+        # Margins are sums of steps, which rounding may leave a little short.
+        largest, before = float(self.margins.all_margins().max()), self.snapshots[-1][1] if self.snapshots else 0.0
+        if math.floor(largest / epsilon * wanted + 1e-4) > math.floor(before / epsilon * wanted + 1e-4):
+            self.snapshots.append((self.current_epoch, largest))
+            self.save_weights(self._snapshot_file(self.current_epoch))
+
+    def _snapshot_file(self, epoch: int) -> Path:
+        return Path(self.output_folder) / SNAPSHOTS.replace("*", f"{epoch:04d}")
+
     def method_state(self) -> dict[str, Any]:
-        """The margins, and their histograms so far."""
-        return {"margins": self.margins.state_dict(), "histograms": self.histograms}
+        """The margins, their histograms, and the snapshots so far."""
+        snapshots = [list(snapshot) for snapshot in self.snapshots]
+        return {"margins": self.margins.state_dict(), "histograms": self.histograms, "snapshots": snapshots}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         """Continue with the margins of a checkpoint."""
         self.margins.load_state_dict(state["margins"])
         self.histograms = [list(histogram) for histogram in state["histograms"]]
+        self.snapshots = [(int(epoch), float(largest)) for epoch, largest in state.get("snapshots", [])]
         self.print_to_log_file(f"IMA continues with the margins of {len(self.margins)} samples.")
