@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_evaluate(commands.add_parser("evaluate", help="attack a trained model on its validation cases"))
 
+    _add_select(commands.add_parser("select", help="choose the most robust snapshot that keeps clean Dice"))
     _add_configure(commands.add_parser("configure", help="show a training's settings, or write a new configuration"))
     _add_export(commands.add_parser("export", help="turn a hardened model into one of stock nnU-Net"))
 
@@ -60,12 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser, trainer: str) -> None:
+def _add_model(parser: argparse.ArgumentParser, trainer: str, checkpoint: bool = True) -> None:
     parser.add_argument("-d", "--dataset", help="number or name of the dataset, as for nnUNetv2_train")
     parser.add_argument("-c", "--configuration", help="such as 2d or 3d_fullres")
     parser.add_argument("-tr", "--trainer", default=trainer, help=f"default {trainer}")
     parser.add_argument("-p", "--plans", default="nnUNetPlans", help="default nnUNetPlans")
-    parser.add_argument("-chk", "--checkpoint", default="checkpoint_final.pth", help="default checkpoint_final.pth")
+    if checkpoint:
+        parser.add_argument("-chk", "--checkpoint", default="checkpoint_final.pth", help="default checkpoint_final.pth")
     parser.add_argument("-m", "--model", type=Path, help="a model folder, instead of -d -c -tr -p")
 
 
@@ -78,6 +80,23 @@ def _add_configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the new configuration")
     parser.add_argument("--name", help="of the new configuration; default: CONFIGURATION_ima")
     parser.set_defaults(run=_configure)
+
+
+def _add_select(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "nnUNetTrainerIMA", checkpoint=False)
+    parser.add_argument("-f", "--fold", default="0", help="default 0")
+    parser.add_argument(
+        "--max-clean-drop", type=float, default=1.0, help="points of clean Dice that may be lost; default 1.0"
+    )
+    parser.add_argument("--reference", type=Path, help="model folder that sets the clean Dice; default: the best here")
+    parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
+    parser.add_argument("--level", help="default: the smallest of nnunet_ima evaluate's")
+    parser.add_argument("--attack", default="apgd:steps=20", help="default apgd:steps=20")
+    parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    parser.add_argument("-o", "--output", type=Path, help="default: inside the fold's folder")
+    parser.set_defaults(run=_select)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +178,38 @@ def _configure(options: argparse.Namespace) -> int:
     print("\n".join(f"- {sentence}" for sentence in explanation))
     plans = "" if options.plans == "nnUNetPlans" else f" -p {options.plans}"
     print(f"\nTrain it: nnUNetv2_train {options.dataset} {shown} {fold} -tr {options.trainer}{plans}")
+    return 0
+
+
+def _select(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.evaluate import DEFAULT_LEVELS, Request, choose_model
+    from nnunet_ima.evaluation.select import SELECTED, select
+
+    if not 0 <= options.max_clean_drop <= 100:
+        raise UserError(f"--max-clean-drop is {options.max_clean_drop:g}; it must be between 0 and 100 points.")
+    request = Request(
+        dataset=None,
+        configuration=None,
+        fold=options.fold,
+        trainer=options.trainer,
+        plans=options.plans,
+        checkpoint="checkpoint_final.pth",
+        model=choose_model(options.model, options.dataset, options.configuration, options.trainer, options.plans),
+        protocol="sound",
+        norm=options.norm,
+        levels=[options.level or DEFAULT_LEVELS[options.norm][0]],
+        attacks=[options.attack],
+        max_samples=options.max_samples,
+        batch_size=64,
+        seed=options.seed,
+        case_level=False,
+        device=options.device,
+        output=options.output,
+        command=shlex.join(["nnunet_ima", *sys.argv[1:]]),
+    )
+    chosen, folder = select(request, options.max_clean_drop, options.reference)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"{chosen.checkpoint} is now {SELECTED}, for nnUNetv2_predict -chk {SELECTED}; more in {folder}")
     return 0
 
 

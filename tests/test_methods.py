@@ -330,7 +330,7 @@ def test_settings_of_other_methods_are_allowed_and_said_to_have_no_effect(projec
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text(encoding="utf-8")
     assert "of no effect here: " in log
     assert "trades_beta" in log.split("of no effect here: ")[1].splitlines()[0]
-    assert "trades_beta" not in trainer._described()["settings"]
+    assert "trades_beta" not in trainer.described()["settings"]
 
 
 # ---- TE

@@ -213,7 +213,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         if unread:
             self.print_to_log_file(f"Settings for other methods, of no effect here: {', '.join(unread)}.")
         if self.local_rank == 0:
-            write_text(Path(self.output_folder) / "nnunet_ima_settings.json", json.dumps(self._described(), indent=2))
+            write_text(Path(self.output_folder) / "nnunet_ima_settings.json", json.dumps(self.described(), indent=2))
 
     def plan(self) -> Plan:
         """What self-configuration needs to know."""
@@ -244,7 +244,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         by_name: dict[str, Origin] = {name: "trainer" for name in self.lengths if name not in self.overrides}
         return Configured(settings, {**configured.origins, **by_name})
 
-    def _described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
+        """What checkpoints and ``nnunet_ima_settings.json`` say of the training, beside the method's state."""
         return {
             "trainer": type(self).__name__,
             "nnunet_ima": __version__,
@@ -419,7 +420,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        self.my_init_kwargs[KEY] = {**self._described(), "state": self.method_state()}
+        self.my_init_kwargs[KEY] = {**self.described(), "state": self.method_state()}
         try:
             self._write(Path(filename), super().save_checkpoint)
         finally:
@@ -431,7 +432,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             return
         content = {
             "network_weights": self.bare_network.state_dict(),
-            "init_args": {**self.my_init_kwargs, KEY: self._described()},
+            "init_args": {**self.my_init_kwargs, KEY: self.described()},
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "current_epoch": self.current_epoch + 1,

@@ -231,6 +231,11 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         snapshots = [list(snapshot) for snapshot in self.snapshots]
         return {"margins": self.margins.state_dict(), "histograms": self.histograms, "snapshots": snapshots}
 
+    def described(self) -> dict[str, Any]:
+        """Also the largest margin so far."""
+        margins = self.margins.all_margins()
+        return {**super().described(), "largest_margin": float(margins.max()) if len(margins) else None}
+
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         """Continue with the margins of a checkpoint."""
         self.margins.load_state_dict(state["margins"])
