@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Sequence
@@ -81,7 +82,12 @@ def evaluate(request: Request, progress: bool = True) -> Path:
         case_level=request.case_level,
         progress=progress,
     )
-    outcomes = evaluation.run()
+    try:
+        outcomes = evaluation.run()
+    except UserError:
+        with contextlib.suppress(OSError):  # it was empty before, or is not now
+            output.rmdir()
+        raise
     summary = summarise(evaluation, outcomes, request.command)
     # It stands for a complete set: an older one must not stay beside newer tables if writing these fails.
     (output / "summary.json").unlink(missing_ok=True)

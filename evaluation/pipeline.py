@@ -219,16 +219,23 @@ class Pipeline:
         if done.is_file() if counted else self.is_done(step, command):
             return
         log = self.output / "logs" / f"{step}.log"
+        running = self.output / "logs" / "running.pid"
+        _refuse_if_alive(running)
         started = time.time()
         with log.open("w", encoding="utf-8") as stream:
             process = subprocess.Popen(
                 [_program(command[0]), *command[1:]], stdout=stream, stderr=subprocess.STDOUT, env=self._environment()
             )
+            write_text(running, str(process.pid))
             try:
                 _watch(process, log, step, counted, total)
             except BaseException:
                 process.terminate()
+                process.wait()
                 raise
+            finally:
+                if process.poll() is not None:
+                    running.unlink(missing_ok=True)
         if process.returncode:
             raise UserError(f"The step {step} failed: {_last_line(log)} (all of it in {log}).")
         write_text(done, json.dumps({"seconds": round(time.time() - started, 1), "command": list(command)}))
@@ -250,6 +257,21 @@ class Pipeline:
             # Threads that spin while they wait slow each other down tenfold as soon as a core is shared.
             "OMP_WAIT_POLICY": "PASSIVE",
         }
+
+
+def _refuse_if_alive(running: Path) -> None:
+    """A killed run may leave its nnU-Net command at work; two of them in one folder would spoil each other's files."""
+    try:
+        process = int(running.read_text(encoding="utf-8"))
+        os.kill(process, 0)
+    except (FileNotFoundError, ValueError, ProcessLookupError):
+        return
+    except PermissionError:
+        pass
+    raise UserError(
+        f"Process {process} is still at work in this folder; wait for it or stop it, or, if that number belongs to "
+        f"something else by now, remove {running}."
+    )
 
 
 def _program(name: str) -> str:
