@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands.add_parser("evaluate", help="attack a trained model on its validation cases"))
 
     _add_select(commands.add_parser("select", help="choose the most robust snapshot that keeps clean Dice"))
+    _add_grid(commands.add_parser("grid", help="search over epsilon and delta_epsilon"))
     _add_configure(commands.add_parser("configure", help="show a training's settings, or write a new configuration"))
     _add_export(commands.add_parser("export", help="turn a hardened model into one of stock nnU-Net"))
 
@@ -69,6 +70,25 @@ def _add_model(parser: argparse.ArgumentParser, trainer: str, checkpoint: bool =
     if checkpoint:
         parser.add_argument("-chk", "--checkpoint", default="checkpoint_final.pth", help="default checkpoint_final.pth")
     parser.add_argument("-m", "--model", type=Path, help="a model folder, instead of -d -c -tr -p")
+
+
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", "--dataset", required=True, help="number or name of the dataset, as for nnUNetv2_train")
+    parser.add_argument("-c", "--configuration", required=True, help="such as 2d or 3d_fullres")
+    parser.add_argument("-f", "--fold", default="0", help="default 0")
+    parser.add_argument("-tr", "--trainer", default="nnUNetTrainerIMA_50epochs", help="default: the paper's length")
+    parser.add_argument("-p", "--plans", default="nnUNetPlans", help="default nnUNetPlans")
+    parser.add_argument("--epsilon", type=float, nargs="+", required=True, help="values to try")
+    parser.add_argument("--delta-epsilon", type=float, nargs="+", required=True, help="values to try")
+    parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
+    parser.add_argument("--level", help="of the attack that scores; default: the smallest of nnunet_ima evaluate's")
+    parser.add_argument("--attack", default="pgd:steps=20", help="default pgd:steps=20")
+    parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
+    parser.add_argument("-num_parts", type=_positive, default=1, help="split the jobs over this many machines")
+    parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="for logs, results, table and picture")
+    parser.set_defaults(run=_grid)
 
 
 def _add_configure(parser: argparse.ArgumentParser) -> None:
@@ -210,6 +230,33 @@ def _select(options: argparse.Namespace) -> int:
     chosen, folder = select(request, options.max_clean_drop, options.reference)
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"{chosen.checkpoint} is now {SELECTED}, for nnUNetv2_predict -chk {SELECTED}; more in {folder}")
+    return 0
+
+
+def _grid(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.configure import find_planned
+    from nnunet_ima.evaluation.environment import choose_device
+    from nnunet_ima.evaluation.evaluate import DEFAULT_LEVELS, read_fold
+    from nnunet_ima.evaluation.grid import Grid, points_of
+
+    if not 0 <= options.part_id < options.num_parts:
+        raise UserError(f"-part_id is {options.part_id}; it must be from 0 to {options.num_parts - 1}.")
+    grid = Grid(
+        planned=find_planned(options.dataset, options.plans),
+        configuration=options.configuration,
+        fold=read_fold(options.fold),
+        trainer=options.trainer,
+        points=points_of(options.epsilon, options.delta_epsilon),
+        norm=options.norm,
+        level=options.level or DEFAULT_LEVELS[options.norm][0],
+        attack=options.attack,
+        max_samples=options.max_samples,
+        device=choose_device(options.device).type,
+        output=options.output.resolve(),
+    )
+    grid.run(options.num_parts, options.part_id)
+    print(grid.report(grid.collect()))
+    print(f"Table and picture are in {grid.output}")
     return 0
 
 

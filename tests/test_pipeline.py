@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation import pipeline as module
+from nnunet_ima.evaluation import steps as module
 from nnunet_ima.evaluation.pipeline import Method, Pipeline, SmallNetwork
 
 NETWORK = SmallNetwork("2d_small", features=8, most_features=16, batch_size=4)
@@ -35,9 +35,9 @@ def note(file: Path, text: str = "x", then: str = "") -> list[str]:
 def test_a_step_that_is_done_is_not_done_again_but_another_command_is(pipeline, tmp_path):
     trace = tmp_path / "trace"
     for _ in range(3):
-        pipeline.once("step", note(trace))
+        pipeline.steps.once("step", note(trace))
     assert trace.read_text(encoding="utf-8") == "x"
-    pipeline.once("step", note(trace, "y"))
+    pipeline.steps.once("step", note(trace, "y"))
     assert trace.read_text(encoding="utf-8") == "xy"
 
 
@@ -46,7 +46,7 @@ def test_a_step_that_failed_names_its_last_line_and_its_log_and_runs_again(pipel
     failing = note(trace, then="print('all is lost'); raise SystemExit(3)")
     for _ in range(2):
         with pytest.raises(UserError, match="all is lost") as error:
-            pipeline.once("step", failing)
+            pipeline.steps.once("step", failing)
     assert str(pipeline.output / "logs" / "step.log") in str(error.value)
     assert trace.read_text(encoding="utf-8") == "xx"
 
@@ -56,12 +56,12 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_work(p
     try:
         (pipeline.output / "logs" / "running.pid").write_text(str(other.pid), encoding="utf-8")
         with pytest.raises(UserError, match=f"Process {other.pid} is still at work"):
-            pipeline.once("step", note(tmp_path / "trace"))
+            pipeline.steps.once("step", note(tmp_path / "trace"))
         assert not (tmp_path / "trace").exists()
     finally:
         other.kill()
         other.wait()
-    pipeline.once("step", note(tmp_path / "trace"))
+    pipeline.steps.once("step", note(tmp_path / "trace"))
     assert (tmp_path / "trace").exists()
     assert not (pipeline.output / "logs" / "running.pid").exists()
 
@@ -75,7 +75,7 @@ def test_a_run_that_is_interrupted_stops_its_command(pipeline, tmp_path, monkeyp
 
     monkeypatch.setattr(module, "_watch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.once("step", ["python", "-c", "import time; time.sleep(60)"])
+        pipeline.steps.once("step", ["python", "-c", "import time; time.sleep(60)"])
     with pytest.raises(ProcessLookupError):
         os.kill(started[0], 0)
     assert not (pipeline.output / "logs" / "running.pid").exists()
