@@ -49,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_evaluate(commands.add_parser("evaluate", help="attack a trained model on its validation cases"))
 
+    _add_select(commands.add_parser("select", help="choose the most robust snapshot that keeps clean Dice"))
+    _add_grid(commands.add_parser("grid", help="search over epsilon and delta_epsilon"))
+    _add_configure(commands.add_parser("configure", help="show a training's settings, or write a new configuration"))
+    _add_export(commands.add_parser("export", help="turn a hardened model into one of stock nnU-Net"))
+
     demo = commands.add_parser("demo", help="train a stock and a hardened model, attack both, write a page about it")
     demo.add_argument("-o", "--output", type=Path, default=Path("demo"), help="where to work; default: ./demo")
     demo.add_argument("--data", type=Path, help="a task folder of the Decathlon; default: a phantom made here")
@@ -57,14 +62,74 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, trainer: str, checkpoint: bool = True) -> None:
     parser.add_argument("-d", "--dataset", help="number or name of the dataset, as for nnUNetv2_train")
     parser.add_argument("-c", "--configuration", help="such as 2d or 3d_fullres")
-    parser.add_argument("-f", "--fold", default="0", help="fold whose validation cases are attacked, or all; default 0")
-    parser.add_argument("-tr", "--trainer", default="nnUNetTrainer", help="default nnUNetTrainer")
+    parser.add_argument("-tr", "--trainer", default=trainer, help=f"default {trainer}")
     parser.add_argument("-p", "--plans", default="nnUNetPlans", help="default nnUNetPlans")
-    parser.add_argument("-chk", "--checkpoint", default="checkpoint_final.pth", help="default checkpoint_final.pth")
+    if checkpoint:
+        parser.add_argument("-chk", "--checkpoint", default="checkpoint_final.pth", help="default checkpoint_final.pth")
     parser.add_argument("-m", "--model", type=Path, help="a model folder, instead of -d -c -tr -p")
+
+
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", "--dataset", required=True, help="number or name of the dataset, as for nnUNetv2_train")
+    parser.add_argument("-c", "--configuration", required=True, help="such as 2d or 3d_fullres")
+    parser.add_argument("-f", "--fold", default="0", help="default 0")
+    parser.add_argument("-tr", "--trainer", default="nnUNetTrainerIMA_50epochs", help="default: the paper's length")
+    parser.add_argument("-p", "--plans", default="nnUNetPlans", help="default nnUNetPlans")
+    parser.add_argument("--epsilon", type=float, nargs="+", required=True, help="values to try")
+    parser.add_argument("--delta-epsilon", type=float, nargs="+", required=True, help="values to try")
+    parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
+    parser.add_argument("--level", help="of the attack that scores; default: the smallest of nnunet_ima evaluate's")
+    parser.add_argument("--attack", default="pgd:steps=20", help="default pgd:steps=20")
+    parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
+    parser.add_argument("-num_parts", type=_positive, default=1, help="split the jobs over this many machines")
+    parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="for logs, results, table and picture")
+    parser.set_defaults(run=_grid)
+
+
+def _add_configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", "--dataset", required=True, help="number or name of the dataset, as for nnUNetv2_train")
+    parser.add_argument("-c", "--configuration", required=True, help="such as 2d or 3d_fullres")
+    parser.add_argument("-f", "--fold", default="0", help="whose training cases are counted; default 0")
+    parser.add_argument("-tr", "--trainer", default="nnUNetTrainerIMA", help="default nnUNetTrainerIMA")
+    parser.add_argument("-p", "--plans", default="nnUNetPlans", help="default nnUNetPlans")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the new configuration")
+    parser.add_argument("--name", help="of the new configuration; default: CONFIGURATION_ima")
+    parser.set_defaults(run=_configure)
+
+
+def _add_select(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "nnUNetTrainerIMA", checkpoint=False)
+    parser.add_argument("-f", "--fold", default="0", help="default 0")
+    parser.add_argument(
+        "--max-clean-drop", type=float, default=1.0, help="points of clean Dice that may be lost; default 1.0"
+    )
+    parser.add_argument("--reference", type=Path, help="model folder that sets the clean Dice; default: the best here")
+    parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
+    parser.add_argument("--level", help="default: the smallest of nnunet_ima evaluate's")
+    parser.add_argument("--attack", default="apgd:steps=20", help="default apgd:steps=20")
+    parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    parser.add_argument("-o", "--output", type=Path, help="default: inside the fold's folder")
+    parser.set_defaults(run=_select)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "nnUNetTrainerIMA")
+    parser.add_argument("--plans-name", help="name of the exported model's plans; default: the same")
+    parser.add_argument("-o", "--output", type=Path, help="folder to put it in; default: beside the model")
+    parser.add_argument("-device", default="cpu", help="on which to verify; default cpu")
+    parser.set_defaults(run=_export)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "nnUNetTrainer")
+    parser.add_argument("-f", "--fold", default="0", help="fold whose validation cases are attacked, or all; default 0")
     parser.add_argument("--protocol", default="sound", choices=("sound", "paper"), help="default sound")
     parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
     parser.add_argument("--levels", nargs="+", help="default 5 15 25 for l2, 2/255 4/255 8/255 for linf")
@@ -115,6 +180,95 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"Written to {folder}")
+    return 0
+
+
+def _configure(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.configure import add_configuration, find_planned, in_force, parse_settings
+    from nnunet_ima.evaluation.evaluate import read_fold
+
+    planned = find_planned(options.dataset, options.plans)
+    shown, settings, fold = options.configuration, parse_settings(options.set), read_fold(options.fold)
+    if settings or options.name:
+        shown = options.name or f"{options.configuration}_ima"
+        add_configuration(planned, options.configuration, shown, settings)
+        print(f"Configuration {shown} is in {planned.plans_file}; it inherits from {options.configuration}.")
+    configured, explanation = in_force(planned, shown, options.trainer, fold)
+    print(f"\n{options.trainer}, configuration {shown}, fold {fold}:\n\n{configured.describe()}\n")
+    print("\n".join(f"- {sentence}" for sentence in explanation))
+    plans = "" if options.plans == "nnUNetPlans" else f" -p {options.plans}"
+    print(f"\nTrain it: nnUNetv2_train {options.dataset} {shown} {fold} -tr {options.trainer}{plans}")
+    return 0
+
+
+def _select(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.evaluate import DEFAULT_LEVELS, Request, choose_model
+    from nnunet_ima.evaluation.select import SELECTED, select
+
+    if not 0 <= options.max_clean_drop <= 100:
+        raise UserError(f"--max-clean-drop is {options.max_clean_drop:g}; it must be between 0 and 100 points.")
+    request = Request(
+        dataset=None,
+        configuration=None,
+        fold=options.fold,
+        trainer=options.trainer,
+        plans=options.plans,
+        checkpoint="checkpoint_final.pth",
+        model=choose_model(options.model, options.dataset, options.configuration, options.trainer, options.plans),
+        protocol="sound",
+        norm=options.norm,
+        levels=[options.level or DEFAULT_LEVELS[options.norm][0]],
+        attacks=[options.attack],
+        max_samples=options.max_samples,
+        batch_size=64,
+        seed=options.seed,
+        case_level=False,
+        device=options.device,
+        output=options.output,
+        command=shlex.join(["nnunet_ima", *sys.argv[1:]]),
+    )
+    chosen, folder = select(request, options.max_clean_drop, options.reference)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"{chosen.checkpoint} is now {SELECTED}, for nnUNetv2_predict -chk {SELECTED}; more in {folder}")
+    return 0
+
+
+def _grid(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.configure import find_planned
+    from nnunet_ima.evaluation.environment import choose_device
+    from nnunet_ima.evaluation.evaluate import DEFAULT_LEVELS, read_fold
+    from nnunet_ima.evaluation.grid import Grid, points_of
+
+    if not 0 <= options.part_id < options.num_parts:
+        raise UserError(f"-part_id is {options.part_id}; it must be from 0 to {options.num_parts - 1}.")
+    grid = Grid(
+        planned=find_planned(options.dataset, options.plans),
+        configuration=options.configuration,
+        fold=read_fold(options.fold),
+        trainer=options.trainer,
+        points=points_of(options.epsilon, options.delta_epsilon),
+        norm=options.norm,
+        level=options.level or DEFAULT_LEVELS[options.norm][0],
+        attack=options.attack,
+        max_samples=options.max_samples,
+        device=choose_device(options.device).type,
+        output=options.output.resolve(),
+    )
+    grid.run(options.num_parts, options.part_id)
+    print(grid.report(grid.collect()))
+    print(f"Table and picture are in {grid.output}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.environment import choose_device
+    from nnunet_ima.evaluation.evaluate import choose_model
+    from nnunet_ima.evaluation.export import export_model
+
+    model = choose_model(options.model, options.dataset, options.configuration, options.trainer, options.plans)
+    device = choose_device(options.device)
+    target = export_model(model, options.output or model.parent, options.checkpoint, device, options.plans_name)
+    print(f"{target} predicts what {model.name} does, bit for bit, and needs nothing but nnU-Net.")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ def evaluate(request: Request, progress: bool = True) -> Path:
     attacks = [parse_attack(text) for text in dict.fromkeys(request.attacks)]
     device = choose_device(request.device)
     _use_all_cores(device)
-    model = load_model(_model_folder(request), _read_fold(request.fold), request.checkpoint, device)
+    folder = choose_model(request.model, request.dataset, request.configuration, request.trainer, request.plans)
+    model = load_model(folder, read_fold(request.fold), request.checkpoint, device)
     output = request.output or _default_output(model.checkpoint, request)
     _make_writable(output)
     _refuse_other_results(output, request.command)
@@ -80,7 +82,12 @@ def evaluate(request: Request, progress: bool = True) -> Path:
         case_level=request.case_level,
         progress=progress,
     )
-    outcomes = evaluation.run()
+    try:
+        outcomes = evaluation.run()
+    except UserError:
+        with contextlib.suppress(OSError):  # it was empty before, or is not now
+            output.rmdir()
+        raise
     summary = summarise(evaluation, outcomes, request.command)
     # It stands for a complete set: an older one must not stay beside newer tables if writing these fails.
     (output / "summary.json").unlink(missing_ok=True)
@@ -93,15 +100,25 @@ def evaluate(request: Request, progress: bool = True) -> Path:
     return output
 
 
-def _model_folder(request: Request) -> Path:
-    if request.model is not None:
-        return request.model
-    if request.dataset is None or request.configuration is None:
-        raise UserError("Say which model to attack: either -d and -c (with -tr and -p), or -m MODEL_FOLDER.")
-    return find_model_folder(request.dataset, request.configuration, request.trainer, request.plans)
+def choose_model(model: Path | None, dataset: str | None, configuration: str | None, trainer: str, plans: str) -> Path:
+    """The model folder that the user means.
+
+    Raises:
+        UserError: neither a folder nor dataset and configuration were given, or there is no such model.
+    """
+    if model is not None:
+        return model
+    if dataset is None or configuration is None:
+        raise UserError("Say which model: either -d and -c (with -tr and -p), or -m MODEL_FOLDER.")
+    return find_model_folder(dataset, configuration, trainer, plans)
 
 
-def _read_fold(text: str) -> Fold:
+def read_fold(text: str) -> Fold:
+    """A number or ``all``.
+
+    Raises:
+        UserError: it is neither.
+    """
     if text == "all":
         return text
     if not text.isdecimal():

@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.decathlon import stage_task, task_number
 from nnunet_ima.evaluation.environment import trainers_folder
+from nnunet_ima.evaluation.steps import Steps, resume_options
 from nnunet_ima.files import write_text
 
 PLANS = "nnUNetPlans"
@@ -121,9 +116,9 @@ class Pipeline:
             # What a killed conversion left: nnU-Net refuses to convert into a dataset that is there.
             for half in self.folders["nnUNet_raw"].glob(f"Dataset{int(number):03d}_*"):
                 shutil.rmtree(half)
-        self.once("convert", ["nnUNetv2_convert_MSD_dataset", "-i", str(view), "-np", "2"])
+        self.steps.once("convert", ["nnUNetv2_convert_MSD_dataset", "-i", str(view), "-np", "2"])
         plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.network.parent, "-np", "2"]
-        self.once("plan", [*plan, "--verify_dataset_integrity"])
+        self.steps.once("plan", [*plan, "--verify_dataset_integrity"])
         return next(self.folders["nnUNet_preprocessed"].glob(f"Dataset{int(number):03d}_*"))
 
     def write_plans(self, dataset: Path, methods: Sequence[Method]) -> None:
@@ -142,14 +137,10 @@ class Pipeline:
         fold = str(self.fold(dataset, method))
         command = ["nnUNetv2_train", dataset.name, self.configuration(method), fold, "-tr", method.trainer]
         command += ["-p", self.plans_name, "-device", self.device]
-        there = {file.name for file in self.fold_folder(dataset, method).glob("checkpoint_*.pth")}
-        if "checkpoint_final.pth" in there:
-            command.append("--val")
-        elif there:
-            command.append("--c")
+        command += resume_options(self.fold_folder(dataset, method))
         step = f"train_{self.key(method)}"
         self._refuse_other_settings(step, method)
-        self.once(step, command, "Epoch ", method.settings["num_epochs"])
+        self.steps.once(step, command, "Epoch ", method.settings["num_epochs"])
 
     def evaluate(self, dataset: Path, method: Method, attacks: Attacks) -> Path:
         """Attack a trained method; returns the folder of the results."""
@@ -159,10 +150,10 @@ class Pipeline:
         command += ["--levels", *attacks.levels, "--attacks", *attacks.attacks, "-o", str(folder)]
         command += ["--norm", attacks.norm, "--protocol", attacks.protocol, *attacks.further]
         step = f"{attacks.name}_{self.key(method)}"
-        if not self.is_done(step, command):
+        if not self.steps.is_done(step, command):
             # Half a result, or one of other attacks, that was made here.
             shutil.rmtree(folder, ignore_errors=True)
-        self.once(step, command)
+        self.steps.once(step, command)
         return folder
 
     def model(self, dataset: Path, method: Method) -> Path:
@@ -208,35 +199,10 @@ class Pipeline:
         own = method.trainer.removeprefix("nnUNetTrainer") + (f"_{method.cases}cases" if method.cases else "")
         return own if method.start is None else f"{own}_from_{self.key(method.start)}"
 
-    def once(self, step: str, command: Sequence[str], counted: str = "", total: int | None = None) -> None:
-        """Run a command unless it ended well before; show progress by counting lines of its log.
-
-        Raises:
-            UserError: the command failed; its last line and its log are named.
-        """
-        done = self.output / "logs" / f"{step}.done"
-        # How a training was started or continued does not matter; its settings were compared.
-        if done.is_file() if counted else self.is_done(step, command):
-            return
-        log = self.output / "logs" / f"{step}.log"
-        started = time.time()
-        with log.open("w", encoding="utf-8") as stream:
-            process = subprocess.Popen(
-                [_program(command[0]), *command[1:]], stdout=stream, stderr=subprocess.STDOUT, env=self._environment()
-            )
-            try:
-                _watch(process, log, step, counted, total)
-            except BaseException:
-                process.terminate()
-                raise
-        if process.returncode:
-            raise UserError(f"The step {step} failed: {_last_line(log)} (all of it in {log}).")
-        write_text(done, json.dumps({"seconds": round(time.time() - started, 1), "command": list(command)}))
-
-    def is_done(self, step: str, command: Sequence[str]) -> bool:
-        """Whether a step ended well before, by this very command; an attack with fewer steps is another one."""
-        done = self.output / "logs" / f"{step}.done"
-        return done.is_file() and bool(json.loads(done.read_text(encoding="utf-8"))["command"] == list(command))
+    @property
+    def steps(self) -> Steps:
+        """The commands, with nnU-Net's folders in ``output``."""
+        return Steps(self.output / "logs", self._environment())
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -250,33 +216,3 @@ class Pipeline:
             # Threads that spin while they wait slow each other down tenfold as soon as a core is shared.
             "OMP_WAIT_POLICY": "PASSIVE",
         }
-
-
-def _program(name: str) -> str:
-    """The command that belongs to this Python, whatever the PATH says."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else name
-
-
-def _watch(process: subprocess.Popen[bytes], log: Path, step: str, counted: str, total: int | None) -> None:
-    """Wait for the end of a step: a bar of its epochs, or of the percentage that its own bar shows."""
-    pattern = re.compile(rf"\b{re.escape(counted)}\d+") if counted else None
-    with tqdm(total=total or 100, desc=f"  {step}", unit="epoch" if total else "%", dynamic_ncols=True) as bar:
-        while process.poll() is None:
-            time.sleep(1.0)
-            text = log.read_text(encoding="utf-8", errors="replace")
-            bar.n = min(len(pattern.findall(text)), bar.total) if pattern else _percentage(text)
-            bar.refresh()
-        if process.returncode == 0:
-            bar.n = bar.total
-
-
-def _percentage(text: str) -> int:
-    """The last percentage that a step's own progress bar printed."""
-    found = re.findall(r"(\d{1,3})%\|", text[-2000:])
-    return min(int(found[-1]), 100) if found else 0
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"

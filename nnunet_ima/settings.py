@@ -7,7 +7,7 @@ the paper's datasets in 2D; computed from the plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from nnunet_ima.lp import NORMS, Norm
 
 KEY = "nnunet_ima"
 
-Origin = Literal["user", "paper", "self-configured", "default"]
+Origin = Literal["user", "trainer", "paper", "self-configured", "default"]
+"""Where a value comes from; ``trainer``: from the name of the trainer, such as ``nnUNetTrainerIMA_50epochs``."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,16 @@ class Settings:
         boundary_search: ``path`` (Algorithm 2) or ``origin`` (Algorithm 3).
         dice_threshold: above it a segmentation is correct.
         dice_reduction: how the Dice of several classes is put together.
-        beta: weight of the perturbed loss, (1 − β) L0 + β L1; 0.5 in the paper.
+        beta: weight of IMA's perturbed loss, (1 − β) L0 + β L1; 0.5 in the paper.
+        trades_beta: weight of TRADES' divergence; 6 in its paper.
+        te_momentum: η of TE's running averages; 0.9 in its paper.
+        te_weight: of TE's pull towards the averages (mean square over voxels and classes) once fully grown; 300 in the
+            authors' program.
+        te_start, te_end: between which shares of the training that weight grows.
+        robust_every: epochs between measurements of the robust Dice (PGD-10 on fixed validation patches); 0 for none.
+        robust_patches: how many patches that is measured on.
+        robust_epsilon: at which noise level; None for ε/3.
+        snapshots: how many times IMA keeps the weights, at equal steps of the largest margin up to ε; 0 for never.
         num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length of the training; None for nnU-Net's.
         initial_lr: None for nnU-Net's.
         save_every: epochs between two checkpoints.
@@ -53,6 +63,15 @@ class Settings:
     dice_threshold: float = 0.6
     dice_reduction: Reduction = "mean"
     beta: float = 0.5
+    trades_beta: float = 6.0
+    te_momentum: float = 0.9
+    te_weight: float = 300.0
+    te_start: float = 0.5
+    te_end: float = 0.7
+    robust_every: int = 5
+    robust_patches: int = 16
+    robust_epsilon: float | None = None
+    snapshots: int = 8
     num_epochs: int | None = None
     num_iterations_per_epoch: int | None = None
     num_val_iterations_per_epoch: int | None = None
@@ -121,6 +140,15 @@ _ALLOWED: dict[str, _Number | _Choice | _File] = {
     "dice_threshold": _Number(0, 1, high_is_allowed=False),
     "dice_reduction": _Choice(REDUCTIONS),
     "beta": _Number(0, 1),
+    "trades_beta": _Number(0, math.inf),
+    "te_momentum": _Number(0, 1, high_is_allowed=False),
+    "te_weight": _Number(0, math.inf),
+    "te_start": _Number(0, 1),
+    "te_end": _Number(0, 1),
+    "robust_every": _Number(0, math.inf, whole=True),
+    "robust_patches": _Number(1, 10_000, whole=True),
+    "robust_epsilon": _Number(0, math.inf, low_is_allowed=False),
+    "snapshots": _Number(0, 1000, whole=True),
     "num_epochs": _Number(1, math.inf, whole=True),
     "num_iterations_per_epoch": _Number(1, math.inf, whole=True),
     "num_val_iterations_per_epoch": _Number(1, math.inf, whole=True),
@@ -128,6 +156,12 @@ _ALLOWED: dict[str, _Number | _Choice | _File] = {
     "save_every": _Number(1, math.inf, whole=True),
     "start_from": _File(),
 }
+
+# What every training reads, what every perturbation does, and the rest of IMA's.
+LENGTHS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr")
+SHARED = (*LENGTHS, "save_every", "start_from")
+ROBUST = ("robust_every", "robust_patches", "robust_epsilon")
+PERTURBATION = ("norm", "epsilon", "steps", "step_factor", "dice_threshold", "dice_reduction", *ROBUST)
 
 # Section 3.5 of the final paper: L2, 2D slices.
 PAPER: dict[str, dict[str, float]] = {
@@ -166,17 +200,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class Configured:
-    """Settings, and where each value came from."""
+    """Settings, and where each value came from.
+
+    Attributes:
+        settings: all of them.
+        origins: of those that the training's method reads.
+    """
 
     settings: Settings
     origins: Mapping[str, Origin]
 
+    @property
+    def in_force(self) -> dict[str, Any]:
+        """The values that the method reads."""
+        return {name: getattr(self.settings, name) for name in self.origins}
+
     def describe(self) -> str:
         """One line a setting: name, value, origin; for logs."""
         width = max(len(name) for name in self.origins)
-        return "\n".join(
-            f"  {name:<{width}}  {getattr(self.settings, name)}  ({origin})" for name, origin in self.origins.items()
-        )
+        return "\n".join(f"  {name:<{width}}  {value}  ({self.origins[name]})" for name, value in self.in_force.items())
 
 
 def validate(overrides: object, where: str) -> dict[str, Any]:
@@ -196,16 +238,27 @@ def validate(overrides: object, where: str) -> dict[str, Any]:
             raise UserError(f"{where} has the unknown setting {name!r}; allowed are {', '.join(_ALLOWED)}.")
         if not _ALLOWED[name].allows(value):
             raise UserError(f"{where} sets {name} to {value!r}; it must be {_ALLOWED[name]}.")
+    start, end = (overrides.get(name, getattr(Settings, name)) for name in ("te_start", "te_end"))
+    if start > end:
+        raise UserError(f"{where} sets te_start to {start} and te_end to {end}; te_start must not be above te_end.")
     return dict(overrides)
 
 
-def configure(overrides: Mapping[str, Any], plan: Plan, samples: int) -> Configured:
+def configure(
+    overrides: Mapping[str, Any],
+    plan: Plan,
+    samples: int,
+    reads: Collection[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Configured:
     """Put the settings of a training together.
 
     Args:
         overrides: what the user wrote, already validated.
         plan: the planned training, its length with the overrides applied.
         samples: training samples, that is tiles of nnU-Net's sliding window over all training cases.
+        reads: settings that the method reads; None for all. The others may be set, for another method's sake.
+        defaults: of the method, where they differ from :class:`Settings`.
     """
     norm: Norm = overrides.get("norm", "l2")
     computed = _from_paper(plan, norm)
@@ -213,22 +266,53 @@ def configure(overrides: Mapping[str, Any], plan: Plan, samples: int) -> Configu
     epsilon = overrides.get("epsilon", computed.get("epsilon", default_epsilon(plan, norm)))
     computed.setdefault("epsilon", epsilon)
     # The paper's Δε belongs to the paper's ε: with another ε it is computed.
-    if "epsilon" in overrides or "delta_epsilon" not in computed:
+    own_step = "epsilon" in overrides or "delta_epsilon" not in computed
+    if own_step:
         computed["delta_epsilon"] = default_delta_epsilon(epsilon, expected_visits(plan, samples))
-    from_plan = {"delta_epsilon"} if "epsilon" in overrides else set()
-    values = {**computed, **overrides}
-    names = [field.name for field in fields(Settings)]
-    origins: dict[str, Origin] = {
-        name: "user"
-        if name in overrides
-        else "self-configured"
-        if name in from_plan
-        else origin
-        if name in computed
-        else "default"
-        for name in names
-    }
-    return Configured(replace(Settings(), **values), origins)
+
+    def origin_of(name: str) -> Origin:
+        if name in overrides:
+            return "user"
+        if name not in computed:
+            return "default"
+        return "self-configured" if name == "delta_epsilon" and own_step else origin
+
+    names = [field.name for field in fields(Settings) if reads is None or field.name in reads]
+    settings = replace(Settings(), **{**(defaults or {}), **computed, **overrides})
+    return Configured(settings, {name: origin_of(name) for name in names})
+
+
+def explain(configured: Configured, plan: Plan, samples: int) -> list[str]:
+    """Sentences on what was computed, and from what."""
+    settings, origins = configured.settings, configured.origins
+    voxels, visits = math.prod(plan.patch_size) * plan.channels, expected_visits(plan, samples)
+    patch = " x ".join(map(str, plan.patch_size))
+    told = [
+        f"{samples} training samples (tiles of {patch} voxels, {plan.channels} channels) are drawn about {visits:.1f} "
+        f"times each: {plan.num_epochs} epochs of {plan.num_iterations_per_epoch} batches of {plan.batch_size}."
+    ]
+    if origins.get("epsilon") == "self-configured" and settings.norm == "l2":
+        told.append(
+            f"epsilon {settings.epsilon:g} = {_EPSILON_FACTOR} * {voxels}^{_EPSILON_EXPONENT}: a power law through the "
+            f"paper's three datasets, in the number of voxels of a patch times channels."
+        )
+    elif origins.get("epsilon") == "self-configured":
+        told.append(
+            f"epsilon {settings.epsilon:g}: the energy of the power law for L2, spread evenly over {voxels} voxels."
+        )
+    elif origins.get("epsilon") == "paper":
+        told.append(f"epsilon {settings.epsilon:g} and what belongs to it are the paper's for {plan.dataset} in 2D.")
+    if origins.get("delta_epsilon") == "self-configured":
+        told.append(
+            f"delta_epsilon {settings.delta_epsilon:g}: a margin moves once a visit, so epsilon is reached in a third "
+            f"of the visits if a step between epsilon/{_MOST_EXPANSIONS:g} and epsilon/{_FEWEST_EXPANSIONS:g} (the "
+            f"paper's smallest and largest) allows."
+        )
+    if "delta_epsilon" in origins and visits < 3 * _FEWEST_EXPANSIONS:
+        told.append(
+            "So few visits leave margins small: train longer, or on fewer cases, or start from a trained model."
+        )
+    return told
 
 
 def default_epsilon(plan: Plan, norm: Norm) -> float:

@@ -31,7 +31,7 @@ class AdversarialLogger(LocalLogger):
         self.panels = panels
         for panel in panels:
             for key in panel.curves:
-                self.my_fantastic_logging[key] = []
+                self.my_fantastic_logging.setdefault(key, [])
 
     def plot_progress_png(self, output_folder: str) -> None:
         """Draw nnU-Net's picture, then add the panels below it."""
@@ -55,7 +55,12 @@ class AdversarialLogger(LocalLogger):
         for panel, axes in zip(self.panels, all_axes.flat, strict=False):
             for key, legend in panel.curves.items():
                 values = self.my_fantastic_logging[key]
-                axes.plot(range(len(values)), values, linewidth=4, label=legend)
+                # Not every value is measured in every epoch; what stands alone needs a dot to be seen.
+                measured = [(epoch, value) for epoch, value in enumerate(values) if value == value]
+                marker = "o" if len(measured) < len(values) else None
+                axes.plot(
+                    *zip(*measured, strict=True) if measured else ([], []), linewidth=4, marker=marker, label=legend
+                )
             axes.set_xlabel("epoch")
             axes.set_ylabel(panel.label)
             axes.legend(fontsize="x-small")

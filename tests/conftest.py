@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -110,6 +110,30 @@ def _train_ima(project: Project, configuration: str, start: Path) -> nnUNetTrain
         trainer.network.load_state_dict(weights_of(start / "fold_0" / "checkpoint_final.pth"))
         trainer.run_training()
     return trainer
+
+
+@pytest.fixture
+def results(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A results folder of its own."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    monkeypatch.setenv("nnUNet_results", str(folder))
+    return folder
+
+
+@pytest.fixture(params=["2d_tiny", "3d_tiny"])
+def configuration(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Weights of a network that found the structure, of the test's configuration; 2D if it has none."""
+    from nnunet_project import weights_of
+
+    has_configuration = "configuration" in request.fixturenames
+    dimension = request.getfixturevalue("configuration")[:2] if has_configuration else "2d"
+    return weights_of(request.getfixturevalue(f"std_{dimension}") / "fold_0" / "checkpoint_final.pth")
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_ima.dice import DiceCriterion
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation import models
 from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.case_level import CaseLevel
 from nnunet_ima.evaluation.cases import Case, ValidationCases
@@ -527,3 +529,28 @@ def test_a_model_that_started_from_another_folds_is_known_to_have_seen_the_cases
     assert report.summary["trained_on_these_cases"]
     log = next(Path(second.output_folder).glob("training_log_*.txt")).read_text(encoding="utf-8")
     assert "validation flatters it" in log
+
+
+def test_the_network_always_runs_on_the_same_number_of_samples(std_2d, tmp_path, monkeypatch):
+    """What makes the numbers independent of the batch size; on a tiny network rounding would not show it."""
+    sizes = set()
+    build = models._build_network
+
+    def watched(*arguments):
+        network = build(*arguments)
+        network.register_forward_pre_hook(lambda _, inputs: sizes.add((inputs[0].device.type, len(inputs[0]))))
+        return network
+
+    monkeypatch.setattr(models, "_build_network", watched)
+    run(tmp_path, "-m", str(std_2d), "--no-cases", "--max-samples", "11", "--levels", "2", "--batch-size", "5",
+        "--attacks", "white-noise:draws=2", "pgd:steps=2", "apgd:steps=3", "bpgd:steps=2")  # fmt: skip
+    assert len({size for device, size in sizes if device == "cpu"}) == 1
+
+
+def test_bad_data_leaves_no_empty_folder_behind(std_2d, tmp_path, monkeypatch):
+    def refuse(_):
+        raise UserError("no.")
+
+    monkeypatch.setattr("nnunet_ima.evaluation.run.Evaluation.run", refuse)
+    assert main(["evaluate", "-m", str(std_2d), "-o", str(tmp_path / "out"), "-device", "cpu"]) == 2
+    assert not (tmp_path / "out").exists()

@@ -68,6 +68,11 @@ def paper_plan(dataset: str, patch_size: tuple[int, ...] = (56, 40)) -> Plan:
         ("dice_threshold", -0.1, "a number at least 0 and under 1"),
         ("dice_reduction", "median", 'one of "mean", "max", "min"'),
         ("beta", 1.1, "a number at least 0 and at most 1"),
+        ("trades_beta", -1, "a number at least 0"),
+        ("te_momentum", 1, "a number at least 0 and under 1"),
+        ("te_weight", -1, "a number at least 0"),
+        ("te_start", 1.5, "a number at least 0 and at most 1"),
+        ("te_end", -0.1, "a number at least 0 and at most 1"),
         ("num_epochs", 0, "a whole number at least 1"),
         ("num_iterations_per_epoch", 2.5, "a whole number at least 1"),
         ("num_val_iterations_per_epoch", 0, "a whole number at least 1"),
@@ -108,7 +113,8 @@ json_values = st.recursive(
 @given(st.dictionaries(st.sampled_from(NAMES), json_values, max_size=2))
 def test_whatever_stands_in_a_plans_file_is_either_usable_or_refused_with_a_sentence(overrides):
     parsed = json.loads(json.dumps(overrides))
-    if any(not _ALLOWED[name].allows(value) for name, value in parsed.items()):
+    bad = any(not _ALLOWED[name].allows(value) for name, value in parsed.items())
+    if bad or parsed.get("te_start", 0.5) > parsed.get("te_end", 0.7):
         with pytest.raises(UserError, match=rf"^{WHERE} .*\.$"):
             validate(parsed, WHERE)
         return
@@ -205,3 +211,17 @@ def test_the_description_has_a_line_for_each_setting_with_value_and_origin():
 
 def test_the_papers_hippocampus_run_visits_a_slice_123_times():
     assert expected_visits(paper_plan("Dataset004_Hippocampus"), 7419) == pytest.approx(123, abs=0.5)
+
+
+def test_the_pull_of_te_cannot_be_fully_grown_before_it_starts():
+    with pytest.raises(UserError) as error:
+        validate({"te_start": 0.8}, WHERE)
+    assert str(error.value) == f"{WHERE} sets te_start to 0.8 and te_end to 0.7; te_start must not be above te_end."
+
+
+def test_a_method_has_defaults_of_its_own_and_says_only_what_it_reads():
+    plan = paper_plan("Dataset004_Hippocampus")
+    chosen = configure({"beta": 0.3, "epsilon": 7}, plan, 7419, ("epsilon", "steps"), {"steps": 10})
+    assert chosen.in_force == {"epsilon": 7, "steps": 10}
+    assert chosen.origins == {"epsilon": "user", "steps": "default"}
+    assert configure({"steps": 3}, plan, 7419, None, {"steps": 10}).settings.steps == 3

@@ -39,27 +39,6 @@ IMA_LOGS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def results(project, tmp_path, monkeypatch) -> Path:
-    """A results folder of its own."""
-    folder = tmp_path / "results"
-    folder.mkdir()
-    monkeypatch.setenv("nnUNet_results", str(folder))
-    return folder
-
-
-@pytest.fixture(params=["2d_tiny", "3d_tiny"])
-def configuration(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def start(configuration, request) -> dict[str, Any]:
-    """Weights of a network that found the structure."""
-    folder = request.getfixturevalue("std_" + configuration[:2])
-    return weights_of(folder / "fold_0" / "checkpoint_final.pth")
-
-
 def started(project: Any, kind: type[nnUNetTrainer], configuration: str, weights: Any = None, **settings: Any) -> Any:
     """A trainer right before its first epoch."""
     trainer = make_trainer(project, kind, configuration, **settings)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -27,14 +28,38 @@ from nnunet_ima.checkpoints import safe_load, training_cases
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.files import atomic_path, remove_leftovers, write_text
+from nnunet_ima.fixed_patches import fixed_patches
 from nnunet_ima.labels import Labels
-from nnunet_ima.losses import Outputs, SegmentationLoss
+from nnunet_ima.losses import Outputs, SegmentationLoss, first
 from nnunet_ima.margins import SampleId
-from nnunet_ima.settings import KEY, Configured, Plan, Settings, configure, validate
+from nnunet_ima.robust_dice import RobustDice
+from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Origin, Plan, Settings, configure, validate
 from nnunet_ima.threat import ThreatModel, freeze_channels, image_range
 from nnunet_ima.tile_loader import TileDataLoader
 from nnunet_ima.tiles import count_tiles
 from nnunet_ima.training_log import AdversarialLogger, Panel
+
+T = TypeVar("T")
+
+ROBUST_PANEL = Panel("Dice", {"mean_fg_dice": "pseudo Dice", "robust_dice": "the same under PGD-10, fixed patches"})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What nnU-Net's loader gives, on the training's device.
+
+    Attributes:
+        images: (B, C, *spatial).
+        targets: nnU-Net's; a list with deep supervision.
+        samples: identity of each.
+        coordinates: (B, 3, *spatial) on the CPU, from where in its case each voxel was taken; None unless
+            :attr:`nnUNetTrainerAdversarial.loader_class` gives them.
+    """
+
+    images: Tensor
+    targets: Outputs
+    samples: Sequence[SampleId]
+    coordinates: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,8 @@ class Step:
 
     Attributes:
         loss: scalar, to be minimised.
-        counts: named numbers that add up over steps and ranks; the method turns their sums into the epoch's log.
+        counts: named numbers that add up over steps and ranks; :meth:`nnUNetTrainerAdversarial.epoch_log` turns their
+            sums into the epoch's log.
     """
 
     loss: Tensor
@@ -57,6 +83,12 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     """
 
     panels: ClassVar[Sequence[Panel]] = ()
+    # Settings that the method reads beside the shared ones, and its own defaults.
+    reads: ClassVar[Collection[str]] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    loader_class: ClassVar[type[TileDataLoader]] = TileDataLoader
+    # What a variant changes about nnU-Net's length and learning rate; the user's settings go before it.
+    lengths: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -71,11 +103,13 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                 raise UserError(f"{type(self).__name__} is only the base of trainers; use -tr nnUNetTrainerIMA.")
             self.overrides = _read_overrides(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr"):
-            if self.overrides.get(name) is not None:
-                setattr(self, name, self.overrides[name])
+        for name, value in {**self.lengths, **self.overrides}.items():
+            if name in LENGTHS:
+                setattr(self, name, value)
         self.save_every = self.overrides.get("save_every", Settings.save_every)
-        self.logger.local_logger = AdversarialLogger(self.panels)
+        measured = (ROBUST_PANEL,) if "robust_every" in self.reads else ()
+        self.all_panels = (*self.panels, *measured)
+        self.logger.local_logger = AdversarialLogger(self.all_panels)
         # What is in force; put together in on_train_start, when the training cases are known.
         self.configured: Configured
         self.settings: Settings
@@ -83,6 +117,9 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self.sample_loss: SegmentationLoss
         self._resumed_from: str | None = None
         self._saved: Mapping[str, Any] | None = None
+        # Highest geometric mean of pseudo Dice and robust Dice so far.
+        self.best_robust: float | None = None
+        self._robust_dice: RobustDice | None = None
         # Cases that the weights learned from before this training.
         self._learned_before: frozenset[str] = frozenset()
 
@@ -146,19 +183,20 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         return list(dataset_class.get_identifiers(self.preprocessed_dataset_folder))
 
     def _configure(self) -> None:
-        shapes = self._training_shapes()
-        samples = sum(count_tiles(shape, self.configuration_manager.patch_size) for shape in shapes)
-        self.configured = configure(self.overrides, self.plan(), samples)
-        # What is said to be in force is: a length that was left to nnU-Net is nnU-Net's.
-        lengths = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr")
-        self.settings = replace(self.configured.settings, **{name: getattr(self, name) for name in lengths})
-        self.configured = Configured(self.settings, self.configured.origins)
+        self.training_shapes = _shapes(_loader(self.dataloader_train)._data)
+        samples = self.count_samples()
+        self.configured = self._configured()
+        self.settings = self.configured.settings
         self.criterion = DiceCriterion(self.settings.dice_threshold, self.settings.dice_reduction, self.labels)
         # nnU-Net's loss with one value a sample, with its deep-supervision weights.
         self.sample_loss = SegmentationLoss(self.labels, getattr(self.loss, "weight_factors", None))
+        self.generator = torch.Generator(self.device)
+        self.generator.seed()
+        self._start_robust_dice()
         self.start_method(samples)
         if self._saved is not None:
             self._learned_before = frozenset(self._saved.get("training_cases", ()))
+            self.best_robust = self._saved.get("best_robust")
             self.load_method_state(self._saved["state"])
         known = self._learned_before & self._cases_of(self.dataloader_val)
         if known and self.fold != "all":
@@ -167,12 +205,15 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                 f"started from; validation flatters it."
             )
         self.print_to_log_file(
-            f"\n{type(self).__name__}: {samples} training samples in {len(shapes)} cases; settings:\n"
+            f"\n{type(self).__name__}: {samples} training samples in {len(self.training_shapes)} cases; settings:\n"
             f"{self.configured.describe()}\n",
             add_timestamp=False,
         )
+        unread = [name for name in self.overrides if name not in self.configured.origins]
+        if unread:
+            self.print_to_log_file(f"Settings for other methods, of no effect here: {', '.join(unread)}.")
         if self.local_rank == 0:
-            write_text(Path(self.output_folder) / "nnunet_ima_settings.json", json.dumps(self._described(), indent=2))
+            write_text(Path(self.output_folder) / "nnunet_ima_settings.json", json.dumps(self.described(), indent=2))
 
     def plan(self) -> Plan:
         """What self-configuration needs to know."""
@@ -185,15 +226,79 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             batch_size=self.configuration_manager.batch_size,
         )
 
-    def _described(self) -> dict[str, Any]:
+    def preview(self) -> tuple[Configured, Plan, int]:
+        """What a training would use, without starting one: settings, plan, number of training samples."""
+        training, _ = self.get_tr_and_val_datasets()
+        self.training_shapes = _shapes(training)
+        return self._configured(), self.plan(), self.count_samples()
+
+    def count_samples(self) -> int:
+        """Training samples: tiles of all training cases."""
+        patch_size = self.configuration_manager.patch_size
+        return sum(count_tiles(shape, patch_size) for shape in self.training_shapes.values())
+
+    def _configured(self) -> Configured:
+        configured = configure(self.overrides, self.plan(), self.count_samples(), (*SHARED, *self.reads), self.defaults)
+        # What is said to be in force is: a length that was left to nnU-Net is nnU-Net's.
+        settings = replace(configured.settings, **{name: getattr(self, name) for name in LENGTHS})
+        by_name: dict[str, Origin] = {name: "trainer" for name in self.lengths if name not in self.overrides}
+        return Configured(settings, {**configured.origins, **by_name})
+
+    def described(self) -> dict[str, Any]:
+        """What checkpoints and ``nnunet_ima_settings.json`` say of the training, beside the method's state."""
         return {
             "trainer": type(self).__name__,
             "nnunet_ima": __version__,
-            "settings": asdict(self.configured.settings),
+            "settings": self.configured.in_force,
             "origins": dict(self.configured.origins),
+            "best_robust": self.best_robust,
             # All that the weights ever learned from, so that an evaluation knows.
             "training_cases": sorted(self._learned_before | self._cases_of(self.dataloader_train)),
         }
+
+    # ---- robust Dice
+
+    def _start_robust_dice(self) -> None:
+        settings = self.settings
+        if "robust_every" not in self.configured.origins or not settings.robust_every or not settings.epsilon:
+            return
+        loader = _loader(self.dataloader_val)
+        images, targets = fixed_patches(loader, settings.robust_patches, self.label_manager.ignore_label)
+        if not len(images):
+            self.print_to_log_file("No validation case holds foreground, so no robust Dice is measured.")
+            return
+        epsilon = settings.robust_epsilon or settings.epsilon / 3
+        images = images.to(self.device)
+        self._robust_dice = RobustDice(
+            images=images,
+            targets=first(targets).to(self.device),
+            threat=self.patch_threat(images, torch.full((len(images),), epsilon, device=self.device)),
+            criterion=self.criterion,
+            batch_size=self.batch_size,
+            autocast=self.autocast,
+        )
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """Log as nnU-Net does, then the robust Dice, and keep the best checkpoint by the paper's criterion.
+
+        That is the geometric mean of the two Dice (final paper, B and C). NaN is logged where nothing was measured.
+        """
+        super().on_validation_epoch_end(val_outputs)
+        if "robust_every" not in self.configured.origins:
+            return
+        robust = float("nan")
+        due = self.settings.robust_every and (self.current_epoch + 1) % self.settings.robust_every == 0
+        if self._robust_dice is not None and (due or self.current_epoch == self.num_epochs - 1):
+            robust = self._robust_dice(self.bare_network)
+        self.logger.log("robust_dice", robust, self.current_epoch)
+        if math.isnan(robust):
+            return
+        clean = float(self.logger.get_value("mean_fg_dice", step=-1))
+        score = math.sqrt(max(clean, 0.0) * robust)
+        self.print_to_log_file(f"Robust Dice {robust:.4f}, geometric mean with the pseudo Dice {score:.4f}")
+        if self.best_robust is None or score > self.best_robust:
+            self.best_robust = score
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best_robust.pth"))
 
     # ---- data: which sample is a patch?
 
@@ -208,14 +313,10 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             )
         # Taking over the object that nnU-Net has set up, rather than building a second one, keeps whatever this or a
         # later version of nnU-Net passes to it. Workers that already run hold the old class, so they start again.
-        loader.__class__ = TileDataLoader
+        loader.__class__ = self.loader_class
         if isinstance(train, NonDetMultiThreadedAugmenter):
             train.restart()
         return train, validation
-
-    def _training_shapes(self) -> list[tuple[int, ...]]:
-        dataset = _loader(self.dataloader_train)._data
-        return [tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers]
 
     @staticmethod
     def _cases_of(augmenter: Any) -> frozenset[str]:
@@ -250,7 +351,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         )
         self.optimizer.zero_grad(set_to_none=True)
         with _exit_with_sentence():
-            step = self.adversarial_step(images, targets, self.samples_of(batch))
+            step = self.adversarial_step(Batch(images, targets, self.samples_of(batch), batch.get("coordinates")))
         if self.grad_scaler is not None:
             torch.autograd.backward(self.grad_scaler.scale(step.loss))
             self.grad_scaler.unscale_(self.optimizer)
@@ -296,13 +397,21 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log as nnU-Net does, then the method's own values, over all ranks."""
-        counts = _sum_over_ranks(_sums([c for output in train_outputs for c in output.pop("counts")]), self.is_ddp)
+        counts = _sums(self.from_all_ranks(_sums([c for output in train_outputs for c in output.pop("counts")])))
         super().on_train_epoch_end(train_outputs)
         values = self.epoch_log(counts)
         for key, value in values.items():
             self.logger.log(key, value, self.current_epoch)
         if values:
             self.print_to_log_file(", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+
+    def from_all_ranks(self, value: T) -> list[T]:
+        """What each rank holds, in their order; without DDP this one's alone."""
+        if not self.is_ddp:
+            return [value]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     # ---- checkpoints
 
@@ -311,20 +420,37 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        self.my_init_kwargs[KEY] = {**self._described(), "state": self.method_state()}
+        self.my_init_kwargs[KEY] = {**self.described(), "state": self.method_state()}
         try:
-            with atomic_path(Path(filename)) as temporary:
-                super().save_checkpoint(str(temporary))
+            self._write(Path(filename), super().save_checkpoint)
+        finally:
+            del self.my_init_kwargs[KEY]
+
+    def save_weights(self, file: Path) -> None:
+        """Only what prediction and evaluation need, in nnU-Net's format; nothing can be continued from it."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        content = {
+            "network_weights": self.bare_network.state_dict(),
+            "init_args": {**self.my_init_kwargs, KEY: self.described()},
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "current_epoch": self.current_epoch + 1,
+        }
+        self._write(file, lambda temporary: torch.save(content, temporary))
+
+    def _write(self, file: Path, write: Callable[[str], None]) -> None:
+        try:
+            with atomic_path(file) as temporary:
+                write(str(temporary))
         except torch.OutOfMemoryError:
             raise
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError of its zip writer.
             raise SystemExit(
-                f"The checkpoint {filename} could not be written ({_one_line(error)}); an older one is kept: make room "
+                f"The checkpoint {file} could not be written ({_one_line(error)}); an older one is kept: make room "
                 f"or the folder writable, then continue with --c."
             ) from error
-        finally:
-            del self.my_init_kwargs[KEY]
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
         """nnU-Net's, keeping the method's state for :meth:`on_train_start`."""
@@ -344,7 +470,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         if self._saved is not None and self._saved.get("trainer") != type(self).__name__:
             self._saved = None
         if isinstance(self.logger.local_logger, AdversarialLogger):
-            for panel in self.panels:
+            for panel in self.all_panels:
                 for key in panel.curves:
                     self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
 
@@ -354,13 +480,17 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         """Called once the settings are known, before the first step; ``samples`` is the number of training samples."""
 
     @abstractmethod
-    def adversarial_step(self, images: Tensor, targets: Outputs, samples: Sequence[SampleId]) -> Step:
-        """Loss of one batch: images (B, C, *spatial), nnU-Net's targets, and the identity of each sample."""
+    def adversarial_step(self, batch: Batch) -> Step:
+        """Loss of one batch."""
         raise NotImplementedError("each method has its own step")
 
-    def epoch_log(self, counts: Mapping[str, float]) -> Mapping[str, float]:  # noqa: ARG002 (for methods to use)
-        """Values to log for an epoch (every key of :attr:`panels`), from the sums of its steps' counts."""
-        return {}
+    def epoch_log(self, counts: Mapping[str, float]) -> Mapping[str, float]:
+        """Values to log for an epoch (every key of :attr:`panels`), from the sums of its steps' counts.
+
+        Unless overridden: means over steps, and ``passes_per_sample`` from ``forward_passes``.
+        """
+        means = {**counts, "passes_per_sample": counts["forward_passes"] / counts["samples"] * counts["steps"]}
+        return {key: means[key] / counts["steps"] for panel in self.panels for key in panel.curves}
 
     def method_state(self) -> dict[str, Any]:
         """State to keep in checkpoints: plain numbers, strings and tensors."""
@@ -400,6 +530,10 @@ def _loader(augmenter: Any) -> Any:
     return augmenter.data_loader if isinstance(augmenter, SingleThreadedAugmenter) else augmenter.generator
 
 
+def _shapes(dataset: Any) -> dict[str, tuple[int, ...]]:
+    return {str(case): tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
+
+
 def _check_finite(images: Tensor, cases: Sequence[str]) -> None:
     finite = torch.isfinite(images).flatten(1).all(1)
     if not bool(finite.all()):
@@ -412,14 +546,6 @@ def _check_finite(images: Tensor, cases: Sequence[str]) -> None:
 
 def _sums(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.sum([count[key] for count in counts])) for key in counts[0]} if counts else {}
-
-
-def _sum_over_ranks(sums: dict[str, float], is_ddp: bool) -> dict[str, float]:
-    if not is_ddp:
-        return sums
-    gathered: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, sums)
-    return _sums(gathered)
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from nnunet_ima.attacks.bpgd import generate_adversarial
 from nnunet_ima.attacks.oracle import Oracle, undisturbed
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.lp import random_on_sphere
 from nnunet_ima.margins import MarginTable, SampleId, updated_margins
-from nnunet_ima.settings import expected_visits
+from nnunet_ima.settings import PERTURBATION, expected_visits
 from nnunet_ima.threat import ThreatModel
-from nnunet_ima.trainers.nnUNetTrainerAdversarial import Step, nnUNetTrainerAdversarial
+from nnunet_ima.trainers.nnUNetTrainerAdversarial import Batch, Step, nnUNetTrainerAdversarial
 from nnunet_ima.training_log import Panel, draw_margins
 
 HISTOGRAM_BINS = 30
 QUANTILES = (0.1, 0.5, 0.9)
+SNAPSHOTS = "snapshot_epoch_*.pth"
 
 
 class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
@@ -31,6 +32,14 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
     when the perturbation went too far.
     """
 
+    reads: ClassVar[Collection[str]] = (
+        *PERTURBATION,
+        "delta_epsilon",
+        "bisections",
+        "boundary_search",
+        "beta",
+        "snapshots",
+    )
     panels: ClassVar[Sequence[Panel]] = (
         Panel("loss", {"clean_losses": "clean", "perturbed_losses": "perturbed"}),
         Panel(
@@ -54,12 +63,13 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         settings = self.settings
         self.margins = MarginTable(settings.delta_epsilon, settings.epsilon, settings.norm)
         self.histograms: list[list[int]] = []
-        self.generator = torch.Generator(self.device)
-        self.generator.seed()
+        # Epochs after which the weights were kept, with the largest margin then.
+        self.snapshots: list[tuple[int, float]] = []
         self.print_to_log_file(f"IMA draws each sample about {expected_visits(self.plan(), samples):.1f} times.")
 
-    def adversarial_step(self, images: Tensor, targets: Outputs, samples: Sequence[SampleId]) -> Step:
+    def adversarial_step(self, batch: Batch) -> Step:
         """Lines 2 to 17 of Algorithm 1 for a batch."""
+        images, targets, samples = batch.images, batch.targets, batch.samples
         outputs = self.forward(images)
         clean_loss = self.nnunet_loss(outputs, targets)
 
@@ -72,7 +82,14 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
 
         threat = self.patch_threat(images, margins).select(index)
         perturbed, crossed, passes = self._generate(images[index], targets, index, threat)
-        perturbed_loss, still_correct = self._perturbed_loss(outputs, perturbed, targets, index, clean_loss)
+        if len(index) or not self.is_ddp:
+            perturbed_loss, still_correct = self._perturbed_loss(outputs, perturbed, targets, index, clean_loss)
+        else:
+            # The loss, and layers that synchronise, gather from all ranks: a rank must not skip the second pass because
+            # it has nothing perturbed. It sends one clean sample through again, which changes nothing.
+            anyone = torch.zeros(1, dtype=torch.long, device=images.device)
+            perturbed_loss, _ = self._perturbed_loss(outputs, images[:1], targets, anyone, clean_loss)
+            still_correct = crossed
 
         distance = threat.distance(perturbed, images[index])
         new_margins = margins.clone()
@@ -133,9 +150,7 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         samples' outputs stand in for the clean ones. Without any it is L0, and so is the step: stock nnU-Net's.
         """
         if not len(index):
-            # With batch_dice the loss gathers from all ranks: a rank must not skip it because it has nothing perturbed.
-            loss = self.nnunet_loss(outputs, targets) if self.is_ddp else clean_loss
-            return loss, torch.zeros(0, dtype=torch.bool, device=perturbed.device)
+            return clean_loss, torch.zeros(0, dtype=torch.bool, device=perturbed.device)
         again = self.forward(perturbed)
         mixed: Outputs
         if isinstance(outputs, Tensor):
@@ -151,11 +166,7 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Bring the ranks' margins together, then log."""
-        changes = [self.margins.changes()]
-        if self.is_ddp:
-            changes = changes * dist.get_world_size()
-            dist.all_gather_object(changes, self.margins.changes())
-        self.margins.merge(changes)
+        self.margins.merge(self.from_all_ranks(self.margins.changes()))
         super().on_train_epoch_end(train_outputs)
 
     def epoch_log(self, counts: Mapping[str, float]) -> Mapping[str, float]:
@@ -176,8 +187,18 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
             "visits_mean": float(self.margins.all_visits().float().mean()) if has_margins else 0.0,
         }
 
+    def on_train_start(self) -> None:
+        """As every training; snapshots of a training that is not continued, or of epochs that were lost, go."""
+        super().on_train_start()
+        if self.local_rank == 0:
+            kept = {self._snapshot_file(epoch).name for epoch, _ in self.snapshots}
+            for file in Path(self.output_folder).glob(SNAPSHOTS):
+                if file.name not in kept:
+                    file.unlink()
+
     def on_epoch_end(self) -> None:
-        """As nnU-Net, and the picture of the margins."""
+        """As nnU-Net, but a snapshot comes before the checkpoint that knows of it; then the picture of margins."""
+        self._keep_snapshot()
         super().on_epoch_end()
         if self.local_rank == 0:
             unit = f"{self.settings.norm.upper().replace('LINF', 'Linf')}, z-scores"
@@ -188,12 +209,36 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
                 # No picture is worth a training.
                 self.print_to_log_file(f"{file} could not be drawn: {error}")
 
+    def _keep_snapshot(self) -> None:
+        """Keep the weights when the largest margin has reached the next of ``snapshots`` equal steps up to ε.
+
+        Supplement C.2: the largest margin is the handle on the trade-off; nnunet_ima select chooses among these.
+        """
+        wanted, epsilon = self.settings.snapshots, self.settings.epsilon
+        if not wanted or not epsilon or not len(self.margins):
+            return
+        # Margins are sums of steps, which rounding may leave a little short.
+        largest, before = float(self.margins.all_margins().max()), self.snapshots[-1][1] if self.snapshots else 0.0
+        if math.floor(largest / epsilon * wanted + 1e-4) > math.floor(before / epsilon * wanted + 1e-4):
+            self.snapshots.append((self.current_epoch, largest))
+            self.save_weights(self._snapshot_file(self.current_epoch))
+
+    def _snapshot_file(self, epoch: int) -> Path:
+        return Path(self.output_folder) / SNAPSHOTS.replace("*", f"{epoch:04d}")
+
     def method_state(self) -> dict[str, Any]:
-        """The margins, and their histograms so far."""
-        return {"margins": self.margins.state_dict(), "histograms": self.histograms}
+        """The margins, their histograms, and the snapshots so far."""
+        snapshots = [list(snapshot) for snapshot in self.snapshots]
+        return {"margins": self.margins.state_dict(), "histograms": self.histograms, "snapshots": snapshots}
+
+    def described(self) -> dict[str, Any]:
+        """Also the largest margin so far."""
+        margins = self.margins.all_margins()
+        return {**super().described(), "largest_margin": float(margins.max()) if len(margins) else None}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         """Continue with the margins of a checkpoint."""
         self.margins.load_state_dict(state["margins"])
         self.histograms = [list(histogram) for histogram in state["histograms"]]
+        self.snapshots = [(int(epoch), float(largest)) for epoch, largest in state.get("snapshots", [])]
         self.print_to_log_file(f"IMA continues with the margins of {len(self.margins)} samples.")

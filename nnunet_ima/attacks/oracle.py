@@ -49,7 +49,8 @@ class Oracle:
         network: takes images (B, C, *spatial), returns logits (B, K, *spatial) or a list of them (deep supervision).
         targets: of all samples of the batch, as ``loss`` and ``criterion`` read them.
         loss: (outputs, targets) to one value a sample; what the attack ascends.
-        criterion: gives the Dice.
+        criterion: gives the Dice; None where nobody asks for it (the inner attack of a training that only climbs): the
+            Dice of every answer is then NaN.
         chunk: run the network on exactly this many images at a time, filling up with zeros. A sample's numbers then do
             not depend on which and how many other samples are attacked with it: convolution kernels round differently
             for different batch sizes, and 100 steps amplify that. None runs whatever is asked in one go.
@@ -62,7 +63,7 @@ class Oracle:
         network: nn.Module,
         targets: Outputs,
         loss: LossFunction,
-        criterion: DiceCriterion,
+        criterion: DiceCriterion | None,
         chunk: int | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         best: BestSoFar | None = None,
@@ -117,7 +118,7 @@ class Oracle:
 
     def _dice_of(self, images: Tensor, targets: Outputs, real: int) -> Tensor:
         logits = finite_logits(self._network, images, self._autocast, real)
-        return self._criterion.dice(logits, first(targets))[:real].float()
+        return self._dice(logits, targets)[:real]
 
     def _ascent_of(self, images: Tensor, targets: Outputs, real: int) -> Ascent:
         answer = Ascent(*(part[:real] for part in self._differentiate(images, targets, self._autocast)))
@@ -142,8 +143,12 @@ class Oracle:
             # The loss is a mean over voxels: in half precision its gradient (about 1/voxels) would underflow to zero.
             scale = float(images[0, 0].numel()) if autocast is not nullcontext else 1.0
             (gradient,) = torch.autograd.grad(loss.sum() * scale, images)
-        dice = self._criterion.dice(first(outputs).detach(), first(targets)).float()
-        return Ascent(loss.detach(), gradient / scale, dice)
+        return Ascent(loss.detach(), gradient / scale, self._dice(first(outputs).detach(), targets))
+
+    def _dice(self, logits: Tensor, targets: Outputs) -> Tensor:
+        if self._criterion is None:
+            return torch.full((len(logits),), torch.nan, device=logits.device)
+        return self._criterion.dice(logits, first(targets)).float()
 
 
 def finite_logits(

@@ -64,3 +64,22 @@ def ascend(threat: ThreatModel, perturbed: Tensor, images: Tensor, gradient: Ten
     gradient = torch.where(threat.perturbable(images), gradient, torch.zeros_like(gradient))
     step = step_size * threat.radius(images) * steepest_direction(gradient, threat.norm)
     return threat.project(perturbed + step, images)
+
+
+def climb(oracle: Oracle, threat: ThreatModel, images: Tensor, start: Tensor, steps: int, step_size: float) -> Tensor:
+    """``steps`` projected steps from ``start``, and nothing else: the inner attack of adversarial training.
+
+    Unlike the attack :class:`PGD` it returns where it ends, not the point with the lowest Dice, and stops for nothing.
+
+    Args:
+        oracle: what it asks has the loss to be climbed; samples are those of ``images``, in order.
+        threat: with one radius a sample.
+        images: clean images (B, C, *spatial).
+        start: (B, C, *spatial), within the threat model.
+        steps: K.
+        step_size: as a share of ε.
+    """
+    point, index = start, torch.arange(len(images), device=images.device)
+    for _ in range(steps):
+        point = ascend(threat, point, images, oracle.ascent(point, index).gradient, step_size)
+    return point

@@ -1,0 +1,161 @@
+"""``nnunet_ima configure``: what is in force for a training, where each value comes from, and a new configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.environment import nnunet_folder, our_trainers_too
+from nnunet_ima.evaluation.models import read_json
+from nnunet_ima.files import write_text
+from nnunet_ima.settings import KEY, Configured, explain, validate
+
+
+@dataclass(frozen=True)
+class PlannedDataset:
+    """A preprocessed dataset and one of its plans files."""
+
+    folder: Path
+    plans_file: Path
+    plans: dict[str, Any]
+
+    @property
+    def configurations(self) -> dict[str, Any]:
+        """The entries of the plans file."""
+        return dict(self.plans["configurations"])
+
+
+def find_planned(dataset: str, plans_name: str) -> PlannedDataset:
+    """The preprocessed dataset.
+
+    Raises:
+        UserError: there is none, or it has no such plans.
+    """
+    preprocessed = nnunet_folder("nnUNet_preprocessed")
+    try:
+        name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+    except (RuntimeError, ValueError):
+        raise UserError(f"There is no dataset {dataset!r}; give its number or full name, as nnU-Net does.") from None
+    file = preprocessed / name / f"{plans_name}.json"
+    if not file.is_file():
+        raise UserError(f"{name} has no plans {plans_name}; run nnUNetv2_plan_and_preprocess first, or give -p.")
+    return PlannedDataset(preprocessed / name, file, read_json(file))
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """``epsilon=15 norm=linf`` as a validated table.
+
+    Raises:
+        UserError: no ``name=value``, or not allowed.
+    """
+    table: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"{text!r} is no setting; write name=value, such as epsilon=15.")
+        try:
+            table[name] = json.loads(value)
+        except json.JSONDecodeError:
+            table[name] = value
+    return validate(table, "--set")
+
+
+def add_configuration(planned: PlannedDataset, parent: str, name: str, settings: Mapping[str, Any]) -> None:
+    """Add a configuration to the plans file that inherits from ``parent`` and holds ``settings``, on top of its own.
+
+    Raises:
+        UserError: the parent is missing, or the name is taken by another configuration.
+    """
+    entry = {"inherits_from": parent, KEY: {**settings_of(planned, parent), **settings}}
+    there = planned.configurations.get(name)
+    if there is not None and there != entry:
+        raise UserError(
+            f"{planned.plans_file.name} already has a configuration {name!r}, which is another one; choose another "
+            f"name with --name."
+        )
+    planned.plans["configurations"][name] = entry
+    write_text(planned.plans_file, json.dumps(planned.plans, indent=4))
+
+
+def settings_of(planned: PlannedDataset, configuration: str) -> dict[str, Any]:
+    """The settings of a configuration, its own or the nearest it inherits.
+
+    Raises:
+        UserError: it is missing, inherits from itself, or its settings are not allowed.
+    """
+    seen: list[str] = []
+    while True:
+        if configuration in seen:
+            raise UserError(f"In {planned.plans_file} the configuration {configuration!r} inherits from itself.")
+        entry = planned.configurations.get(configuration)
+        if not isinstance(entry, dict):
+            known = ", ".join(planned.configurations)
+            raise UserError(f"{planned.plans_file} has no configuration {configuration!r}; it has {known}.")
+        if KEY in entry:
+            return validate(entry[KEY], f'"{KEY}" in configuration {configuration!r} of {planned.plans_file.name}')
+        if "inherits_from" not in entry:
+            return {}
+        seen.append(configuration)
+        configuration = entry["inherits_from"]
+
+
+def in_force(
+    planned: PlannedDataset, configuration: str, trainer: str, fold: int | str
+) -> tuple[Configured, list[str]]:
+    """What a training would use, and the explanation of what is computed.
+
+    Raises:
+        UserError: the trainer or configuration is unknown, or the data is not preprocessed.
+    """
+    settings_of(planned, configuration)
+    with our_trainers_too():
+        try:
+            found = recursive_find_trainer_class_by_name(trainer)
+        except (RuntimeError, AssertionError):
+            raise UserError(
+                f"There is no trainer {trainer}; ours are in the folder that nnunet_ima trainers prints."
+            ) from None
+    # Asked for by what it can do: this package knows nothing of the trainers'.
+    if not hasattr(found, "preview"):
+        raise UserError(f"{trainer} is none of our trainers, so it has no settings of ours; use nnUNetTrainerIMA.")
+    dataset_json = read_json(planned.folder / "dataset.json")
+    plans = {**planned.plans, "continue_training": False}
+    with _results_elsewhere(), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            planned_training = found(plans, configuration, fold, dataset_json, torch.device("cpu"))
+            configured, plan, samples = planned_training.preview()
+        except SystemExit as error:
+            raise UserError(str(error)) from None
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{planned.folder.name} is not preprocessed for {configuration} ({error.filename} is missing); run "
+                f"nnUNetv2_plan_and_preprocess first."
+            ) from None
+    return configured, explain(configured, plan, samples)
+
+
+@contextlib.contextmanager
+def _results_elsewhere() -> Iterator[None]:
+    """A trainer makes its output folder as soon as it exists; a look at its settings should leave none."""
+    before = os.environ.get("nnUNet_results")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["nnUNet_results"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["nnUNet_results"]
+            else:
+                os.environ["nnUNet_results"] = before

@@ -1,0 +1,162 @@
+"""``nnunet_ima select``: among a training's snapshots, the most robust one that keeps clean Dice (supplement C.2)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from nnunet_ima.checkpoints import safe_load
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.evaluate import Request, evaluate
+from nnunet_ima.evaluation.models import read_json
+from nnunet_ima.files import atomic_path, write_text
+from nnunet_ima.settings import KEY
+
+SELECTED = "checkpoint_selected.pth"
+CANDIDATES = ("snapshot_epoch_*.pth", "checkpoint_best_robust.pth", "checkpoint_final.pth")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One checkpoint, measured.
+
+    Attributes:
+        checkpoint: name of the file.
+        largest_margin: when it was kept, None if the file does not tell.
+        clean, robust: TVDI in [0, 1], untouched and attacked.
+        within_budget: whether its clean Dice is close enough to the best.
+    """
+
+    checkpoint: str
+    largest_margin: float | None
+    clean: float
+    robust: float
+    within_budget: bool = True
+
+
+def select(request: Request, max_clean_drop: float, reference: Path | None) -> tuple[Candidate, Path]:
+    """Measure every candidate, choose, draw the curve, and copy the chosen one to ``checkpoint_selected.pth``.
+
+    Args:
+        request: model, fold, attack (one), level (one) and sample; its checkpoint is not read.
+        max_clean_drop: in points of TVDI, below the best candidate's clean Dice, or the reference's.
+        reference: a model folder, such as the stock model's; None for the best candidate.
+
+    Returns:
+        The chosen candidate, and the folder of the results.
+
+    Raises:
+        UserError: there is no candidate, or none within the budget.
+    """
+    fold = _model_of(request) / f"fold_{request.fold}"
+    files = sorted({file for pattern in CANDIDATES for file in fold.glob(pattern)})
+    if not files:
+        raise UserError(f"{fold} holds no snapshot and no final checkpoint; train with nnUNetTrainerIMA first.")
+    output = request.output or fold / "nnunet_ima" / "selection"
+    measured = [_measure(replace(request, checkpoint=file.name, output=output / file.stem)) for file in files]
+    aim = max(clean for clean, _ in measured)
+    if reference is not None:
+        aim, _ = _measure(replace(request, model=reference, output=output / "reference"))
+    found = [
+        Candidate(file.name, _largest_margin(file), clean, robust, clean >= aim - max_clean_drop / 100)
+        for file, (clean, robust) in zip(files, measured, strict=True)
+    ]
+    allowed = [candidate for candidate in found if candidate.within_budget]
+    if not allowed:
+        best = max(found, key=lambda candidate: candidate.clean)
+        raise UserError(
+            f"No checkpoint is within {max_clean_drop:g} points of {100 * aim:.1f} % clean Dice; the closest, "
+            f"{best.checkpoint}, has {100 * best.clean:.1f} %: raise --max-clean-drop, or train with a smaller epsilon."
+        )
+    chosen = max(allowed, key=lambda candidate: (candidate.robust, candidate.clean))
+    with atomic_path(fold / SELECTED) as temporary:
+        shutil.copyfile(fold / chosen.checkpoint, temporary)
+    _write(output, found, chosen, aim, max_clean_drop, request)
+    return chosen, output
+
+
+def _measure(request: Request) -> tuple[float, float]:
+    """Clean and attacked TVDI; what was measured before on the same file in the same way is read."""
+    assert request.output is not None
+    checkpoint = _model_of(request) / f"fold_{request.fold}" / request.checkpoint
+    # Not the command as typed: with another budget for clean Dice, the measurements are the same.
+    same = (request.attacks, request.norm, request.levels, request.max_samples, request.seed, request.device)
+    folder, request = request.output, replace(request, command=f"nnunet_ima select {same}")
+    file = folder / "summary.json"
+    summary = read_json(file) if file.is_file() else {}
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else ""
+    if summary.get("command") != request.command or summary["model"]["sha256"] != digest:
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"{folder.name}:", flush=True)
+        evaluate(request)
+        summary = read_json(file)
+    return float(summary["clean"]["tvdi"]), float(summary["results"][0]["tvdi"])
+
+
+def _model_of(request: Request) -> Path:
+    assert request.model is not None
+    return request.model
+
+
+def _largest_margin(file: Path) -> float | None:
+    ours = safe_load(file)["init_args"].get(KEY, {})
+    margin = ours.get("largest_margin")
+    return float(margin) if isinstance(margin, (int, float)) else None
+
+
+def _write(
+    output: Path, found: Sequence[Candidate], chosen: Candidate, aim: float, budget: float, request: Request
+) -> None:
+    content = {
+        "selected": chosen.checkpoint,
+        "max_clean_drop": budget,
+        "clean_aim": aim,
+        "attack": request.attacks[0],
+        "norm": request.norm,
+        "level": (request.levels or [""])[0],
+        "candidates": [asdict(candidate) for candidate in found],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "selection.json", json.dumps(content, indent=2) + "\n")
+    write_text(output / "table.md", table(found, chosen))
+    _draw(output / "selection.png", found, chosen, aim - budget / 100, request)
+
+
+def table(found: Sequence[Candidate], chosen: Candidate) -> str:
+    """For people, TVDI in %."""
+    lines = ["| checkpoint | largest margin | clean | attacked | |", "| --- | --- | --- | --- | --- |"]
+    for candidate in found:
+        margin = "" if candidate.largest_margin is None else f"{candidate.largest_margin:.2f}"
+        mark = "**selected**" if candidate == chosen else "" if candidate.within_budget else "clean Dice too low"
+        dice = f"{100 * candidate.clean:.1f} | {100 * candidate.robust:.1f}"
+        lines.append(f"| {candidate.checkpoint} | {margin} | {dice} | {mark} |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw(file: Path, found: Sequence[Candidate], chosen: Candidate, lowest: float, request: Request) -> None:
+    """Clean against attacked Dice, in the order of training; what is left of the line lost too much."""
+    with plt.style.context("default"):
+        figure, axes = plt.subplots(figsize=(7, 5), dpi=130, layout="constrained")
+        axes.plot([100 * c.clean for c in found], [100 * c.robust for c in found], "-o", color="#1f77b4", alpha=0.6)
+        for candidate in found:
+            name = candidate.checkpoint.removesuffix(".pth").removeprefix("snapshot_").removeprefix("checkpoint_")
+            axes.annotate(
+                name.replace("_", " "), (100 * candidate.clean, 100 * candidate.robust),
+                textcoords="offset points", xytext=(6, 4), fontsize=8,
+            )  # fmt: skip
+        axes.plot(100 * chosen.clean, 100 * chosen.robust, "*", markersize=18, color="#d62728", label="selected")
+        axes.axvline(100 * lowest, color="grey", linestyle="--", label="lowest clean Dice allowed")
+        axes.set_xlabel("clean Dice (TVDI, %)")
+        level = (request.levels or [""])[0]
+        axes.set_ylabel(f"Dice under {request.attacks[0]} at {request.norm.upper()} {level} (TVDI, %)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with atomic_path(file) as temporary:
+            figure.savefig(temporary, format="png")
+        plt.close(figure)

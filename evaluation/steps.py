@@ -1,0 +1,124 @@
+"""Commands of nnU-Net and ours, run one after the other; one that ended well is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.files import write_text
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Runs named commands.
+
+    Attributes:
+        logs: folder for their output, and for the notes of what is done.
+        environment: of the commands.
+    """
+
+    logs: Path
+    environment: Mapping[str, str]
+
+    def once(self, step: str, command: Sequence[str], counted: str = "", total: int | None = None) -> None:
+        """Run a command unless it ended well before; show progress by counting lines of its log.
+
+        Raises:
+            UserError: the command failed; its last line and its log are named.
+        """
+        done = self.logs / f"{step}.done"
+        # How a training was started or continued does not matter; its settings were compared.
+        if done.is_file() if counted else self.is_done(step, command):
+            return
+        log = self.logs / f"{step}.log"
+        running = self.logs / "running.pid"
+        _refuse_if_alive(running)
+        started = time.time()
+        with log.open("w", encoding="utf-8") as stream:
+            process = subprocess.Popen(
+                [_program(command[0]), *command[1:]],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=dict(self.environment),
+            )
+            write_text(running, str(process.pid))
+            try:
+                _watch(process, log, step, counted, total)
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+            finally:
+                if process.poll() is not None:
+                    running.unlink(missing_ok=True)
+        if process.returncode:
+            raise UserError(f"The step {step} failed: {_last_line(log)} (all of it in {log}).")
+        write_text(done, json.dumps({"seconds": round(time.time() - started, 1), "command": list(command)}))
+
+    def is_done(self, step: str, command: Sequence[str]) -> bool:
+        """Whether a step ended well before, by this very command; an attack with fewer steps is another one."""
+        done = self.logs / f"{step}.done"
+        return done.is_file() and bool(json.loads(done.read_text(encoding="utf-8"))["command"] == list(command))
+
+
+def resume_options(fold: Path) -> list[str]:
+    """What ``nnUNetv2_train`` needs to go on: nothing at first, ``--c`` on the way, ``--val`` at the end."""
+    there = {file.name for file in fold.glob("checkpoint_*.pth")}
+    if "checkpoint_final.pth" in there:
+        return ["--val"]
+    return ["--c"] if there & {"checkpoint_latest.pth", "checkpoint_best.pth"} else []
+
+
+def _refuse_if_alive(running: Path) -> None:
+    """A killed run may leave its nnU-Net command at work; two of them in one folder would spoil each other's files."""
+    try:
+        process = int(running.read_text(encoding="utf-8"))
+        os.kill(process, 0)
+    except (FileNotFoundError, ValueError, ProcessLookupError):
+        return
+    except PermissionError:
+        pass
+    raise UserError(
+        f"Process {process} is still at work in this folder; wait for it or stop it, or, if that number belongs to "
+        f"something else by now, remove {running}."
+    )
+
+
+def _program(name: str) -> str:
+    """The command that belongs to this Python, whatever the PATH says."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
+
+
+def _watch(process: subprocess.Popen[bytes], log: Path, step: str, counted: str, total: int | None) -> None:
+    """Wait for the end of a step: a bar of its epochs, or of the percentage that its own bar shows."""
+    pattern = re.compile(rf"\b{re.escape(counted)}\d+") if counted else None
+    with tqdm(total=total or 100, desc=f"  {step}", unit="epoch" if total else "%", dynamic_ncols=True) as bar:
+        while process.poll() is None:
+            time.sleep(1.0)
+            text = log.read_text(encoding="utf-8", errors="replace")
+            bar.n = min(len(pattern.findall(text)), bar.total) if pattern else _percentage(text)
+            bar.refresh()
+        if process.returncode == 0:
+            bar.n = bar.total
+
+
+def _percentage(text: str) -> int:
+    """The last percentage that a step's own progress bar printed."""
+    found = re.findall(r"(\d{1,3})%\|", text[-2000:])
+    return min(int(found[-1]), 100) if found else 0
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"

@@ -1,0 +1,147 @@
+"""``nnunet_ima export``: an ordinary nnU-Net model that predicts the same, without anything of ours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nnunet_project import PLANS, command_environment, quiet, read
+
+from nnunet_ima.evaluation import export
+from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.export import PROVENANCE, STOCK
+from nnunet_ima.settings import KEY
+
+
+@pytest.fixture(params=["2d", "3d"])
+def hardened(request: pytest.FixtureRequest) -> Path:
+    """A hardened model's folder."""
+    return Path(request.getfixturevalue(f"ima_{request.param}").output_folder).parent
+
+
+def run(*arguments: str) -> int:
+    with quiet():
+        return main(["export", *arguments])
+
+
+def test_the_exported_model_is_nnunets_own_in_every_file(hardened, tmp_path):
+    assert run("-m", str(hardened), "-o", str(tmp_path)) == 0
+    (exported,) = tmp_path.iterdir()
+    assert exported.name == hardened.name.replace("nnUNetTrainerIMA", STOCK)
+    checkpoint = torch.load(exported / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    ours = torch.load(hardened / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == STOCK
+    assert KEY not in checkpoint["init_args"]
+    assert checkpoint.keys() == ours.keys()
+    for name, value in ours["network_weights"].items():
+        assert torch.equal(checkpoint["network_weights"][name], value)
+    assert "margin_mean" in ours["logging"]
+    assert "margin_mean" not in checkpoint["logging"]
+    assert "nnunet_ima" not in (exported / "plans.json").read_text(encoding="utf-8")
+    provenance = read(exported / PROVENANCE)
+    assert provenance["from"] == hardened.name
+    assert provenance["folds"][0]["training"]["settings"]["epsilon"] == 6.0
+
+
+def test_it_predicts_where_there_is_nothing_but_nnunet(hardened, project, tmp_path):
+    """In a process that cannot import this package, stock commands' own function predicts the same segmentation."""
+    results = tmp_path / "results" / project.dataset
+    assert run("-m", str(hardened), "-o", str(results), "--plans-name", "nnUNetPlansHardened") == 0
+    (exported,) = results.iterdir()
+    images = tmp_path / "images"
+    images.mkdir()
+    case = project.names()[0]
+    raw = project.root / "nnUNet_raw" / project.dataset
+    shutil.copy(raw / "imagesTr" / f"{case}_0000.nii.gz", images)
+    script = (
+        "import sys; sys.modules['nnunet_ima'] = None; sys.argv = ['nnUNetv2_predict', *sys.argv[1:]];"
+        "from nnunetv2.inference.predict_from_raw_data import predict_entry_point; predict_entry_point()"
+    )
+    environment = command_environment(project)
+    environment |= {"nnUNet_results": str(tmp_path / "results")}
+    del environment["nnUNet_extTrainer"]
+    configuration = exported.name.rpartition("__")[2]
+    arguments = ["-i", str(images), "-o", str(tmp_path / "stock"), "-d", project.number, "-c", configuration]
+    arguments += ["-p", "nnUNetPlansHardened", "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = ["-i", str(images), "-o", str(tmp_path / "ours"), "-d", project.number, "-c", configuration, "-p", PLANS]
+    ours += ["-tr", "nnUNetTrainerIMA", "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    project.command("nnUNetv2_predict", *ours)
+    written = [(tmp_path / kind / f"{case}.nii.gz").read_bytes() for kind in ("stock", "ours")]
+    assert written[0] == written[1]
+
+
+def test_it_can_be_sent_and_installed_with_nnunets_own_commands(ima_2d, project, tmp_path):
+    hardened = tmp_path / Path(ima_2d.output_folder).parent.name
+    shutil.copytree(Path(ima_2d.output_folder).parent, hardened)
+    # nnU-Net's command asks for the scores of the validation, which this model did not go through.
+    (hardened / "fold_0" / "validation").mkdir(exist_ok=True)
+    (hardened / "fold_0" / "validation" / "summary.json").write_text("{}", encoding="utf-8")
+    results = tmp_path / "results" / project.dataset
+    assert run("-m", str(hardened), "-o", str(results), "--plans-name", "nnUNetPlansHardened") == 0
+    environment = {"nnUNet_results": str(tmp_path / "results"), "nnUNet_extTrainer": ""}
+    archive = str(tmp_path / "model.zip")
+    project.command(
+        "nnUNetv2_export_model_to_zip", "-d", project.number, "-o", archive, "-c", "2d_tiny", "-f", "0",
+        "-p", "nnUNetPlansHardened", environment=environment,
+    )  # fmt: skip
+    fresh = {**environment, "nnUNet_results": str(tmp_path / "fresh")}
+    (tmp_path / "fresh").mkdir()
+    project.command("nnUNetv2_install_pretrained_model_from_zip", archive, environment=fresh)
+    installed = next((tmp_path / "fresh").rglob("checkpoint_final.pth"))
+    assert installed.read_bytes() == next(results.rglob("checkpoint_final.pth")).read_bytes()
+
+
+def test_nothing_is_left_where_predictions_differ(hardened, tmp_path, monkeypatch, capsys):
+    plain = export.stock_checkpoint
+
+    def broken(checkpoint, name):
+        changed = plain(checkpoint, name)
+        weights = {key: value * 1.01 for key, value in changed["network_weights"].items()}
+        return {**changed, "network_weights": weights}
+
+    monkeypatch.setattr(export, "stock_checkpoint", broken)
+    assert run("-m", str(hardened), "-o", str(tmp_path)) == 2
+    assert "does not predict" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_model_is_not_overwritten(hardened, tmp_path, capsys):
+    there = tmp_path / hardened.name.replace("nnUNetTrainerIMA", STOCK)
+    there.mkdir()
+    assert run("-m", str(hardened), "-o", str(tmp_path)) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert list(there.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["nothing", "a__b__c"])
+def test_what_is_no_trained_model_is_refused(tmp_path, name, capsys):
+    (tmp_path / name).mkdir()
+    assert run("-m", str(tmp_path / name), "-o", str(tmp_path / "out")) == 2
+    assert "holds no checkpoint_final.pth" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_refused(hardened, tmp_path, capsys):
+    copy = tmp_path / hardened.name
+    shutil.copytree(hardened, copy)
+    file = copy / "fold_0" / "checkpoint_final.pth"
+    file.write_bytes(file.read_bytes()[:2000])
+    assert run("-m", str(copy), "-o", str(tmp_path / "out")) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_provenance_is_valid_json_with_both_checksums(hardened, tmp_path):
+    assert run("-m", str(hardened), "-o", str(tmp_path)) == 0
+    (exported,) = tmp_path.iterdir()
+    (fold,) = json.loads((exported / PROVENANCE).read_text(encoding="utf-8"))["folds"]
+    assert set(fold["sha256"]) == {"hardened", "exported"}
+    assert fold["sha256"]["hardened"] != fold["sha256"]["exported"]

@@ -1,0 +1,116 @@
+"""``nnunet_ima grid``: every pair once, in parts or at once, the best by the geometric mean."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nnunet_project import PLANS, read
+from PIL import Image
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.configure import PlannedDataset
+from nnunet_ima.evaluation.grid import Grid, Point, Score, draw, points_of
+
+values = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
+
+
+def grid_of(points: list[Point], output: Path) -> Grid:
+    planned = PlannedDataset(Path("Dataset901_Phantom"), Path("nnUNetPlans.json"), {"configurations": {}})
+    return Grid(planned, "2d", 0, "nnUNetTrainerIMA", points, "l2", "5", "pgd:steps=2", None, "cpu", output)
+
+
+@given(values, values)
+def test_every_pair_is_there_once_and_no_step_is_above_its_epsilon(epsilons, deltas):
+    expected = {(e, d) for e in epsilons for d in deltas if d <= e}
+    if not expected:
+        with pytest.raises(UserError):
+            points_of(epsilons, deltas)
+        return
+    points = points_of(epsilons, deltas)
+    assert {(p.epsilon, p.delta_epsilon) for p in points} == expected
+    assert len(points) == len(expected)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_values_must_be_above_zero_and_finite(bad):
+    with pytest.raises(UserError):
+        points_of([bad], [1.0])
+    with pytest.raises(UserError):
+        points_of([1.0], [bad])
+
+
+scores = st.lists(
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.floats(0, 1), st.floats(0, 1)),
+    min_size=1, max_size=6, unique_by=lambda score: score[:2],
+)  # fmt: skip
+
+
+@settings(max_examples=10)
+@given(scores)
+def test_the_table_marks_the_highest_geometric_mean_and_the_csv_holds_all(tmp_path_factory, found):
+    output = tmp_path_factory.mktemp("grid")
+    made = [Score(Point(e, d), clean, robust) for e, d, clean, robust in found]
+    grid = grid_of([score.point for score in made], output)
+    table = grid.report(made)
+    best = max(math.sqrt(clean * robust) for _, _, clean, robust in found)
+    (marked,) = [line for line in table.splitlines() if "**best**" in line]
+    assert f" {100 * best:.1f} | **best**" in marked
+    with (output / "grid.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(float(r["epsilon"]), float(r["delta_epsilon"])) for r in rows] == [(e, d) for e, d, _, _ in found]
+    assert [float(r["geometric_mean"]) for r in rows] == [score.geometric_mean for score in made]
+
+
+def test_the_heat_map_has_a_field_for_each_job(tmp_path):
+    draw([Score(Point(5, 1), 0.8, 0.5), Score(Point(10, 2), 0.7, 0.6)], "title", tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert len(picture.convert("RGB").getcolors(10**6)) > 50
+
+
+def test_jobs_that_are_not_finished_are_counted(tmp_path):
+    points = [Point(5, 1), Point(5, 2)]
+    assert "1 of 2 jobs are not finished" in grid_of(points, tmp_path).report([Score(points[0], 0.5, 0.5)])
+    assert "No job is finished" in grid_of(points, tmp_path).report([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--epsilon", "1", "--delta-epsilon", "2"), "above every epsilon"),
+        (("--epsilon", "0", "--delta-epsilon", "2"), "must be above 0"),
+        (("--epsilon", "2", "--delta-epsilon", "1", "-part_id", "1"), "from 0 to 0"),
+        (("--epsilon", "2", "--delta-epsilon", "1", "--level", "abc"), "no number"),
+        (("--epsilon", "2", "--delta-epsilon", "1", "-c", "5d"), "no configuration '5d'"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_a_sentence(project, tmp_path, capsys, arguments, said):
+    before = sorted(file.name for file in project.preprocessed.glob("*.json"))
+    known = ["grid", "-d", "901", "-c", "2d_tiny", "-p", PLANS, "-device", "cpu", "-o", str(tmp_path)]
+    assert main([*known, *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(file.name for file in project.preprocessed.glob("*.json")) == before
+
+
+@pytest.mark.slow
+def test_two_parts_do_the_whole_grid_with_the_real_commands_and_only_once(project, tmp_path):
+    known = ["nnunet_ima", "grid", "-d", project.number, "-c", "2d_tiny", "-p", PLANS, "-tr", "nnUNetTrainerIMA",
+             "--epsilon", "3", "6", "--delta-epsilon", "1", "--level", "2", "--attack", "pgd:steps=2",
+             "--max-samples", "6", "-device", "cpu", "-o", str(tmp_path), "-num_parts", "2"]  # fmt: skip
+    users = project.plans()
+    first = project.command(*known, "-part_id", "0").stdout
+    assert "1 of 2 jobs are not finished" in first
+    second = project.command(*known, "-part_id", "1").stdout
+    assert "**best**" in second
+    assert "not finished" not in second
+    plans = read(project.preprocessed / f"{PLANS}Grid.json")
+    assert plans["configurations"]["2d_tiny_e3_d1"]["nnunet_ima"]["epsilon"] == 3
+    assert project.plans() == users
+    logs = {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("*.log")}
+    project.command(*known, "-part_id", "1")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "logs").rglob("*.log")} == logs

@@ -1,0 +1,153 @@
+"""``nnunet_ima select``: the most robust checkpoint within a budget of clean Dice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nnunet_project import make_trainer, quiet, read
+from PIL import Image
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation import select as module
+from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.evaluate import Request
+from nnunet_ima.evaluation.select import SELECTED, select
+from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
+
+ATTACK = ("--attack", "pgd:steps=2", "--level", "2", "--max-samples", "6", "-device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def hardened(project, std_2d, tmp_path_factory) -> Path:
+    """A model folder with two snapshots."""
+    folder = tmp_path_factory.mktemp("select")
+    start = str(std_2d / "fold_0" / "checkpoint_final.pth")
+    with project.in_force(), pytest.MonkeyPatch.context() as patch, quiet():
+        patch.setenv("nnUNet_results", str(folder))
+        trainer = make_trainer(project, nnUNetTrainerIMA, start_from=start, epsilon=3.0, snapshots=3)
+        trainer.on_train_start()
+        trainer.network.train()
+        for largest in (1.0, 3.0):
+            trainer.train_step(next(trainer.dataloader_train))
+            trainer.margins.update([("case", 0)], torch.tensor([largest]))
+            trainer._keep_snapshot()
+            trainer.current_epoch += 1
+        trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    assert len(trainer.snapshots) == 2
+    return Path(trainer.output_folder).parent
+
+
+def run(*arguments: str) -> int:
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr("nnunet_ima.evaluation.evaluate._use_all_cores", lambda _: None)
+        return main(["select", *arguments])
+
+
+def test_select_measures_chooses_draws_and_copies(hardened, tmp_path, capsys):
+    assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 0
+    selection = read(tmp_path / "selection.json")
+    names = [candidate["checkpoint"] for candidate in selection["candidates"]]
+    assert "checkpoint_final.pth" in names
+    assert sum(name.startswith("snapshot") for name in names) > 1
+    best = max(selection["candidates"], key=lambda c: (c["robust"], c["clean"]))
+    assert selection["selected"] == best["checkpoint"]
+    fold = hardened / "fold_0"
+    assert (fold / SELECTED).read_bytes() == (fold / best["checkpoint"]).read_bytes()
+    margins = [c["largest_margin"] for c in selection["candidates"] if c["checkpoint"].startswith("snapshot")]
+    assert margins == sorted(margins)
+    with Image.open(tmp_path / "selection.png") as picture:
+        assert len(picture.convert("RGB").getcolors(10**6)) > 10
+    assert "**selected**" in capsys.readouterr().out
+
+
+def test_what_was_measured_is_not_measured_again(hardened, tmp_path, monkeypatch):
+    assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 0
+    before = (tmp_path / "selection.json").read_text(encoding="utf-8")
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", never)
+        assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "99", *ATTACK) == 0
+        assert json.loads(before)["candidates"] == read(tmp_path / "selection.json")["candidates"]
+        with pytest.raises(AssertionError):
+            run("-m", str(hardened), "-o", str(tmp_path), *ATTACK, "--seed", "1")
+
+
+def test_a_file_that_changed_is_measured_again(hardened, tmp_path):
+    model = tmp_path / hardened.name
+    shutil.copytree(hardened, model)
+    assert run("-m", str(model), "-o", str(tmp_path / "out"), "--max-clean-drop", "100", *ATTACK) == 0
+    final = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(final, weights_only=False)
+    checkpoint["network_weights"] = {k: 0 * v for k, v in checkpoint["network_weights"].items()}
+    torch.save(checkpoint, final)
+    before = by_name(tmp_path)["checkpoint_final.pth"]
+    assert run("-m", str(model), "-o", str(tmp_path / "out"), "--max-clean-drop", "100", *ATTACK) == 0
+    assert by_name(tmp_path)["checkpoint_final.pth"] != before
+
+
+def by_name(folder: Path) -> dict[str, tuple[float, float]]:
+    candidates = read(folder / "out" / "selection.json")["candidates"]
+    return {c["checkpoint"]: (c["clean"], c["robust"]) for c in candidates}
+
+
+scores = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6)
+
+
+@settings(max_examples=50)
+@given(scores, st.floats(0, 20))
+def test_the_chosen_one_is_the_most_robust_of_those_within_the_budget(tmp_path_factory, found, drop):
+    model = tmp_path_factory.mktemp("model")
+    (model / "fold_0").mkdir()
+    for epoch in range(len(found)):
+        (model / "fold_0" / f"snapshot_epoch_{epoch:04d}.pth").write_bytes(bytes([epoch]))
+    with pytest.MonkeyPatch().context() as patch:
+        values = iter(found)
+        patch.setattr(module, "_measure", lambda _: next(values))
+        patch.setattr(module, "_largest_margin", lambda _: None)
+        patch.setattr(module, "_draw", lambda *_: None)
+        chosen, _ = select(request(model), drop, None)
+    lowest = max(clean for clean, _ in found) - drop / 100
+    allowed = [(robust, clean) for clean, robust in found if clean >= lowest]
+    assert (chosen.robust, chosen.clean) == max(allowed)
+    assert (model / "fold_0" / SELECTED).read_bytes() == (model / "fold_0" / chosen.checkpoint).read_bytes()
+
+
+def request(model: Path) -> Request:
+    return Request(None, None, "0", "", "", "", model, "sound", "l2", ["5"], ["pgd"], None, 1, 0, False, "cpu",
+                   model / "out", "")  # fmt: skip
+
+
+def test_a_reference_sets_the_budget_and_may_leave_nobody_within_it(tmp_path, monkeypatch):
+    (tmp_path / "fold_0").mkdir()
+    (tmp_path / "fold_0" / "checkpoint_final.pth").write_bytes(b"")
+    values = iter([(0.7, 0.5), (0.9, 0.1)])
+    monkeypatch.setattr(module, "_measure", lambda _: next(values))
+    monkeypatch.setattr(module, "_largest_margin", lambda _: None)
+    with pytest.raises(UserError, match=r"checkpoint_final\.pth, has 70\.0 %"):
+        select(request(tmp_path), 1.0, tmp_path / "stock")
+    assert not (tmp_path / "fold_0" / SELECTED).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--max-clean-drop", "-1"), "between 0 and 100"),
+        (("--max-clean-drop", "nan"), "between 0 and 100"),
+        (("-f", "3"), "no snapshot"),
+        (("--attack", "none"), "no attack 'none'"),
+        (("--level", "0"), "above 0"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_a_sentence(hardened, tmp_path, capsys, arguments, said):
+    assert run("-m", str(hardened), "-o", str(tmp_path), *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in error

@@ -1,0 +1,134 @@
+"""TE, temporal ensembling: Dong et al. 2022, https://arxiv.org/abs/2106.01606, Eq. 5, for segmentation."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nnunet_ima.attacks.oracle import undisturbed
+from nnunet_ima.averages import PredictionAverages
+from nnunet_ima.coordinate_loader import CoordinateDataLoader
+from nnunet_ima.divergence import as_list, probabilities_of, squared_distance
+from nnunet_ima.errors import UserError
+from nnunet_ima.losses import Outputs, first
+from nnunet_ima.settings import PERTURBATION
+from nnunet_ima.tile_loader import TileDataLoader
+from nnunet_ima.trainers.nnUNetTrainerAdversarial import Batch, Step
+from nnunet_ima.trainers.nnUNetTrainerSAT import nnUNetTrainerSAT
+from nnunet_ima.training_log import Panel
+
+# Of this machine's memory, the share that the running averages may take.
+MOST_MEMORY = 0.5
+
+
+class nnUNetTrainerTE(nnUNetTrainerSAT):
+    """SAT, and a pull of the prediction on a perturbed sample towards the running average of past clean ones.
+
+    The averages live in the coordinates of the cases, at full resolution; a patch reads and writes them through the
+    crop, rotation, scaling and mirroring that nnU-Net's augmentation gave it.
+    """
+
+    reads: ClassVar[Collection[str]] = (*PERTURBATION, "te_momentum", "te_weight", "te_start", "te_end")
+    loader_class: ClassVar[type[TileDataLoader]] = CoordinateDataLoader
+    panels: ClassVar[Sequence[Panel]] = (
+        Panel("loss", {"perturbed_losses": "perturbed", "pulls": "weighted pull to the average"}),
+        Panel("weight", {"te_weights": "of the pull"}),
+        Panel("share of samples", {"correct_share": "correct though perturbed"}),
+        Panel("per sample", {"passes_per_sample": "forward passes a step"}),
+    )
+
+    def start_method(self, samples: int) -> None:  # noqa: ARG002 (nothing here depends on it)
+        """No average yet."""
+        heads = self.label_manager.num_segmentation_heads
+        self.averages = PredictionAverages(self.settings.te_momentum, self.training_shapes, heads)
+        needed, memory = self.averages.bytes_needed, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > MOST_MEMORY * memory:
+            raise UserError(
+                f"TE keeps an average prediction of every training case, {needed / 2**30:.1f} GiB for these; that is "
+                f"more than half of this machine's memory: train on fewer cases, or with another method."
+            )
+        self.print_to_log_file(
+            f"TE's averages take up to {needed / 2**20:.0f} MiB of memory, and as much in a checkpoint."
+        )
+
+    def adversarial_step(self, batch: Batch) -> Step:
+        """Eq. 5: the loss and the pull at the inner maximum of both."""
+        weight = self.pull_weight()
+        if weight is None:
+            perturbed, passes = self.perturb(batch, batch.targets, self.sample_loss)
+            outputs = self.forward(perturbed)
+            loss = self.nnunet_loss(outputs, batch.targets)
+            return Step(loss, self.te_counts(outputs, batch, passes, loss, torch.zeros(()), 0.0))
+        average, known = self._averaged(batch)
+        pull = _Pull(self, weight)
+        reference = [*as_list(batch.targets), average, known]
+        perturbed, passes = self.perturb(batch, reference, pull.attacked)
+        outputs = self.forward(perturbed)
+        loss, pulled = self.nnunet_loss(outputs, batch.targets), pull(outputs, average, known).mean()
+        passes += len(batch.images)
+        return Step(loss + pulled, self.te_counts(outputs, batch, passes, loss, pulled, weight))
+
+    def pull_weight(self) -> float | None:
+        """w · exp(−5 (1 − t)²), t from 0 to 1 between ``te_start`` and ``te_end``; None before: no averages yet."""
+        settings, progress = self.settings, self.current_epoch / self.num_epochs
+        if progress < settings.te_start:
+            return None
+        length = settings.te_end - settings.te_start
+        grown = 1.0 if length == 0 else min((progress - settings.te_start) / length, 1.0)
+        return settings.te_weight * math.exp(-5 * (1 - grown) ** 2)
+
+    def _averaged(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Take the clean predictions into the averages, then read these: (B, K, *patch) and where there are any."""
+        assert batch.coordinates is not None
+        with undisturbed(self.bare_network), torch.no_grad(), self.autocast():
+            logits = first(self.bare_network(batch.images))
+        predictions = probabilities_of(logits, self.labels.regions).cpu()
+        read = []
+        for (case, _), coordinates, prediction in zip(batch.samples, batch.coordinates, predictions, strict=True):
+            self.averages.update(case, coordinates, prediction)
+            read.append(self.averages.read(case, coordinates))
+        average, known = (torch.stack(part).to(self.device) for part in zip(*read, strict=True))
+        return average, known & self.labels.valid(first(batch.targets))
+
+    def te_counts(
+        self, outputs: Outputs, batch: Batch, passes: int, loss: Tensor, pull: Tensor, weight: float
+    ) -> dict[str, float]:
+        """For the log."""
+        counts = self.counts(outputs, batch.targets, passes + len(batch.images), perturbed_losses=loss, pulls=pull)
+        return {**counts, "te_weights": weight}
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Bring the ranks' averages together, then log."""
+        self.averages.merge(self.from_all_ranks(self.averages.changes()))
+        super().on_train_epoch_end(train_outputs)
+
+    def method_state(self) -> dict[str, Any]:
+        """The averages."""
+        return {"averages": self.averages.state_dict()}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Continue with the averages of a checkpoint."""
+        self.averages.load_state_dict(state["averages"])
+        self.print_to_log_file(f"TE continues with the averages of {len(self.averages)} cases.")
+
+
+class _Pull:
+    """w · mean square of (prediction − average), at full resolution, over voxels that have an average."""
+
+    def __init__(self, trainer: nnUNetTrainerTE, weight: float) -> None:
+        self.regions, self.sample_loss, self.weight = trainer.labels.regions, trainer.sample_loss, weight
+
+    def __call__(self, outputs: Outputs, average: Tensor, known: Tensor) -> Tensor:
+        """(B,)."""
+        return self.weight * squared_distance(probabilities_of(first(outputs), self.regions), average, known)
+
+    def attacked(self, outputs: Outputs, reference: Outputs) -> Tensor:
+        """What the inner attack climbs: loss and pull, (B,); ``reference`` is targets, average, where known."""
+        *targets, average, known = as_list(reference)
+        loss = self.sample_loss(outputs, targets if not isinstance(outputs, Tensor) else targets[0])
+        return loss + self(outputs, average, known.bool())
