@@ -10,19 +10,19 @@ from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, SmallNetwo
 
 PHANTOM_CASES = 48
 
-NETWORK = SmallNetwork("2d_demo", features=12, most_features=96, batch_size=16)
+NETWORK = SmallNetwork("2d_demo", features=8, most_features=64, batch_size=16)
 
 # Short enough for two cores, long enough to learn the phantom. The hardened model starts from the stock one's weights.
 STOCK = Method(
     "Stock nnU-Net",
     "nnUNetTrainerSTD",
-    {"num_epochs": 24, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 2, "initial_lr": 0.1},
+    {"num_epochs": 20, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 2, "initial_lr": 0.1},
 )
 HARDENED = Method(
     "nnU-Net hardened with IMA",
     "nnUNetTrainerIMA",
     {
-        "num_epochs": 16,
+        "num_epochs": 12,
         "num_iterations_per_epoch": 25,
         "num_val_iterations_per_epoch": 2,
         "initial_lr": 0.1,
@@ -36,7 +36,7 @@ HARDENED = Method(
     cases=14,
 )
 ATTACKS = Attacks(
-    "evaluate", ("1", "2.5", "5"), ("white-noise:draws=5", "apgd:steps=20"), further=("--max-samples", "150")
+    "evaluate", ("1", "2.5", "5"), ("white-noise:draws=5", "apgd:steps=20"), further=("--max-samples", "72")
 )
 
 
