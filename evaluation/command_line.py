@@ -184,16 +184,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _configure(options: argparse.Namespace) -> int:
-    from nnunet_ima.evaluation.configure import add_configuration, find_planned, in_force, parse_settings
+    from nnunet_ima.evaluation.configure import add_configuration, find_planned, in_force, parse_settings, write_plans
     from nnunet_ima.evaluation.evaluate import read_fold
 
     planned = find_planned(options.dataset, options.plans)
     shown, settings, fold = options.configuration, parse_settings(options.set), read_fold(options.fold)
     if settings or options.name:
         shown = options.name or f"{options.configuration}_ima"
-        add_configuration(planned, options.configuration, shown, settings)
-        print(f"Configuration {shown} is in {planned.plans_file}; it inherits from {options.configuration}.")
+        planned = add_configuration(planned, options.configuration, shown, settings)
     configured, explanation = in_force(planned, shown, options.trainer, fold)
+    if shown != options.configuration:
+        # Last of all: what cannot be used shall not stand in the user's plans.
+        write_plans(planned)
+        print(f"Configuration {shown} is in {planned.plans_file}; it inherits from {options.configuration}.")
     print(f"\n{options.trainer}, configuration {shown}, fold {fold}:\n\n{configured.describe()}\n")
     print("\n".join(f"- {sentence}" for sentence in explanation))
     plans = "" if options.plans == "nnUNetPlans" else f" -p {options.plans}"

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,14 +52,17 @@ def find_planned(dataset: str, plans_name: str) -> PlannedDataset:
     file = preprocessed / name / f"{plans_name}.json"
     if not file.is_file():
         raise UserError(f"{name} has no plans {plans_name}; run nnUNetv2_plan_and_preprocess first, or give -p.")
-    return PlannedDataset(preprocessed / name, file, read_json(file))
+    plans = read_json(file)
+    if not isinstance(plans.get("configurations"), dict):
+        raise UserError(f"{file} is no plans file of nnU-Net: it has no configurations; give another with -p.")
+    return PlannedDataset(preprocessed / name, file, plans)
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """``epsilon=15 norm=linf`` as a validated table.
+    """``epsilon=15 norm=linf`` as a table, not validated yet.
 
     Raises:
-        UserError: no ``name=value``, or not allowed.
+        UserError: no ``name=value``.
     """
     table: dict[str, Any] = {}
     for text in texts:
@@ -67,26 +71,44 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{text!r} is no setting; write name=value, such as epsilon=15.")
         try:
             table[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             table[name] = value
-    return validate(table, "--set")
+    return table
 
 
-def add_configuration(planned: PlannedDataset, parent: str, name: str, settings: Mapping[str, Any]) -> None:
-    """Add a configuration to the plans file that inherits from ``parent`` and holds ``settings``, on top of its own.
+def add_configuration(planned: PlannedDataset, parent: str, name: str, settings: Mapping[str, Any]) -> PlannedDataset:
+    """The plans with a configuration more, which inherits from ``parent`` and holds ``settings`` on top of its own.
+
+    Nothing is written yet.
 
     Raises:
-        UserError: the parent is missing, or the name is taken by another configuration.
+        UserError: the parent is missing, a setting is not allowed, or the name is no name or another configuration's.
     """
-    entry = {"inherits_from": parent, KEY: {**settings_of(planned, parent), **settings}}
+    check_name(name)
+    entry = {"inherits_from": parent, KEY: validate({**settings_of(planned, parent), **settings}, "--set")}
     there = planned.configurations.get(name)
     if there is not None and there != entry:
         raise UserError(
             f"{planned.plans_file.name} already has a configuration {name!r}, which is another one; choose another "
             f"name with --name."
         )
-    planned.plans["configurations"][name] = entry
+    plans = {**planned.plans, "configurations": {**planned.configurations, name: entry}}
+    return PlannedDataset(planned.folder, planned.plans_file, plans)
+
+
+def write_plans(planned: PlannedDataset) -> None:
+    """Write the plans file."""
     write_text(planned.plans_file, json.dumps(planned.plans, indent=4))
+
+
+def check_name(name: str) -> None:
+    """Refuse names of configurations and plans that would break nnU-Net's folders.
+
+    Raises:
+        UserError: it holds something else than letters, digits, dots, dashes and single underscores.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or "__" in name or name.startswith("."):
+        raise UserError(f"The name {name!r} is not possible; use letters, digits, dots, dashes and single underscores.")
 
 
 def settings_of(planned: PlannedDataset, configuration: str) -> dict[str, Any]:
@@ -138,17 +160,21 @@ def in_force(
             configured, plan, samples = planned_training.preview()
         except SystemExit as error:
             raise UserError(str(error)) from None
-        except FileNotFoundError as error:
+        except (OSError, RuntimeError, AssertionError, ValueError, LookupError):
+            # nnU-Net has no words of its own for data that is missing, incomplete, or too little to be split.
             raise UserError(
-                f"{planned.folder.name} is not preprocessed for {configuration} ({error.filename} is missing); run "
-                f"nnUNetv2_plan_and_preprocess first."
+                f"{planned.folder.name} is not completely preprocessed for {configuration}, or has fewer than five "
+                f"cases; run nnUNetv2_plan_and_preprocess first."
             ) from None
     return configured, explain(configured, plan, samples)
 
 
 @contextlib.contextmanager
 def _results_elsewhere() -> Iterator[None]:
-    """A trainer makes its output folder as soon as it exists; a look at its settings should leave none."""
+    """A trainer makes its output folder as soon as it exists; a look at its settings should leave none.
+
+    Only nnU-Net's splits_final.json is made if it is missing, as the training would make it.
+    """
     before = os.environ.get("nnUNet_results")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["nnUNet_results"] = folder

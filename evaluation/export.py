@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nnunet_ima.checkpoints import safe_load
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.configure import check_name
 from nnunet_ima.evaluation.environment import our_trainers_too, versions
 from nnunet_ima.evaluation.models import load_model, read_json
 from nnunet_ima.files import write_text
@@ -56,6 +57,7 @@ def export_model(
         raise UserError(f"{model} holds no {checkpoint_name} in any fold; train it first, or name another with -chk.")
     trainer, old_name, configuration = _parts_of(model)
     name = plans_name or old_name
+    check_name(name)
     target = destination / f"{STOCK}__{name}__{configuration}"
     if target.exists():
         raise UserError(
@@ -121,7 +123,11 @@ def _fold_name(fold: Path) -> int | str:
 
 def _write_fold(fold: Path, target: Path, checkpoint_name: str, plans_name: str) -> None:
     target.mkdir(parents=True)
-    torch.save(stock_checkpoint(safe_load(fold / checkpoint_name), plans_name), target / checkpoint_name)
+    try:
+        torch.save(stock_checkpoint(safe_load(fold / checkpoint_name), plans_name), target / checkpoint_name)
+    except RuntimeError as error:
+        # torch reports a full disk as a RuntimeError of its zip writer.
+        raise UserError(f"{target / checkpoint_name} could not be written; make room on the disk.") from error
     for name in COPIED:
         if (fold / name).is_file():
             _copy(fold / name, target / name)

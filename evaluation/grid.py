@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import math
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.configure import PlannedDataset, settings_of
+from nnunet_ima.evaluation.attack_choice import parse_attack
+from nnunet_ima.evaluation.configure import PlannedDataset, in_force, settings_of, write_plans
 from nnunet_ima.evaluation.environment import nnunet_folder, trainers_folder
 from nnunet_ima.evaluation.models import Fold, read_json
 from nnunet_ima.evaluation.protocols import parse_level
@@ -87,7 +89,13 @@ class Grid:
             UserError: a command failed.
         """
         parse_level(self.level, self.norm)
-        self._write_plans()
+        parse_attack(self.attack)
+        for point in self.points:
+            # Also finds an unknown trainer, and one that has no margins to grow.
+            configured, _ = in_force(self._with_points(), self._name(point), self.trainer, self.fold)
+            if "delta_epsilon" not in configured.origins:
+                raise UserError(f"{self.trainer} does not read delta_epsilon; search with a trainer of IMA.")
+        write_plans(self._with_points())
         steps = Steps(self.output / "logs" / f"part_{part_id}_of_{num_parts}", self._environment())
         steps.logs.mkdir(parents=True, exist_ok=True)
         for point in tqdm(self.points[part_id::num_parts], desc="grid", unit="job", dynamic_ncols=True):
@@ -99,11 +107,15 @@ class Grid:
         scores = []
         for point in self.points:
             file = self.output / point.name / "summary.json"
-            if file.is_file():
-                summary = read_json(file)
+            summary = read_json(file) if file.is_file() else {}
+            if self._is_this(summary, point):
                 clean, robust = summary["clean"]["tvdi"], summary["results"][0]["tvdi"]
                 scores.append(Score(point, float(clean), float(robust)))
         return scores
+
+    def _is_this(self, summary: Mapping[str, Any], point: Point) -> bool:
+        """Whether a result is of this grid: a folder may hold those of other trainers, attacks or levels."""
+        return bool(summary.get("command") == shlex.join(self._evaluation(point)))
 
     def report(self, scores: Sequence[Score]) -> str:
         """Write grid.csv and grid.png; returns a table for people."""
@@ -129,20 +141,28 @@ class Grid:
     def _name(self, point: Point) -> str:
         return f"{self.configuration}_{point.name}"
 
-    def _write_plans(self) -> None:
-        own = settings_of(self.planned, self.configuration)
+    def _with_points(self) -> PlannedDataset:
+        """The user's plans as they are now, under a name of their own, with the grid's configurations, old and new.
+
+        Raises:
+            UserError: an older grid used other plans or settings.
+        """
         file = self.planned.plans_file.with_name(f"{self.plans_name}.json")
-        # Grids of other values, or on other configurations, may share the file.
-        plans = read_json(file) if file.is_file() else {**self.planned.plans, "plans_name": self.plans_name}
+        own = settings_of(self.planned, self.configuration)
+        theirs = self.planned.configurations
+        added = {}
         for point in self.points:
             values = {**own, "epsilon": point.epsilon, "delta_epsilon": point.delta_epsilon, "norm": self.norm}
-            entry = {"inherits_from": self.configuration, KEY: validate(values, "the grid")}
-            if plans["configurations"].setdefault(self._name(point), entry) != entry:
-                raise UserError(
-                    f"{file} holds {self._name(point)} with other settings, from an earlier grid; move that file and "
-                    f"its models away."
-                )
-        write_text(file, json.dumps(plans, indent=4))
+            added[self._name(point)] = {"inherits_from": self.configuration, KEY: validate(values, "the grid")}
+        before = read_json(file)["configurations"] if file.is_file() else {}
+        changed = [name for name in before if name in {**theirs, **added} and before[name] != {**theirs, **added}[name]]
+        if changed:
+            raise UserError(
+                f"{file} is of an earlier grid, in which {changed[0]} was another configuration; move that file and "
+                f"its models away."
+            )
+        plans = {**self.planned.plans, "plans_name": self.plans_name, "configurations": {**before, **theirs, **added}}
+        return PlannedDataset(self.planned.folder, file, plans)
 
     def _train(self, steps: Steps, point: Point) -> None:
         fold = self._model(point) / f"fold_{self.fold}"
@@ -151,13 +171,18 @@ class Grid:
             return
         command = ["nnUNetv2_train", self.planned.folder.name, self._name(point), str(self.fold), "-tr", self.trainer]
         command += ["-p", self.plans_name, "-device", self.device, *options]
-        steps.once(f"train_{point.name}", command, "Epoch ")
+        steps.run(f"train_{point.name}", command, "Epoch ")
 
     def _attack(self, steps: Steps, point: Point) -> None:
+        file = self.output / point.name / "summary.json"
+        if not (file.is_file() and self._is_this(read_json(file), point)):
+            steps.run(f"evaluate_{point.name}", self._evaluation(point))
+
+    def _evaluation(self, point: Point) -> list[str]:
         command = ["nnunet_ima", "evaluate", "-m", str(self._model(point)), "-f", str(self.fold), "--norm", self.norm]
         command += ["--levels", self.level, "--attacks", self.attack, "--no-cases", "-device", self.device]
         command += ["--max-samples", str(self.max_samples)] if self.max_samples else []
-        steps.once(f"evaluate_{point.name}", [*command, "-o", str(self.output / point.name)])
+        return [*command, "-o", str(self.output / point.name)]
 
     def _model(self, point: Point) -> Path:
         results = nnunet_folder("nnUNet_results") / self.planned.folder.name

@@ -21,7 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager, deter
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_ima.checkpoints import noted_training_cases, safe_load
+from nnunet_ima.checkpoints import noted_training_cases, safe_load, started_from_unknown
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import nnunet_folder, our_trainers_too
 from nnunet_ima.labels import Labels
@@ -42,6 +42,7 @@ class TrainedModel:
         network: in evaluation mode, deep supervision off; (B, C, *patch) to logits (B, K, *patch).
         mirroring_axes: over which nnU-Net mirrors at inference, None for no mirroring.
         training_cases: that the weights are known to have learned from; empty if the checkpoint does not tell.
+        started_from_unknown: whether it started with nnU-Net's ``-pretrained_weights``, whose cases nobody noted.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class TrainedModel:
     dataset_json: dict[str, Any]
     mirroring_axes: tuple[int, ...] | None
     training_cases: frozenset[str] = frozenset()
+    started_from_unknown: bool = False
 
     @property
     def label_manager(self) -> LabelManager:
@@ -150,6 +152,7 @@ def load_model(folder: Path, fold: Fold, checkpoint_name: str, device: torch.dev
         dataset_json=dataset_json,
         mirroring_axes=mirroring_axes,
         training_cases=noted_training_cases(checkpoint) or frozenset(),
+        started_from_unknown=started_from_unknown(checkpoint),
     )
 
 

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 
 from nnunet_ima.checkpoints import safe_load
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.evaluate import Request, evaluate
-from nnunet_ima.evaluation.models import read_json
+from nnunet_ima.evaluation.attack_choice import parse_attack
+from nnunet_ima.evaluation.environment import choose_device
+from nnunet_ima.evaluation.evaluate import Request, evaluate, read_fold
+from nnunet_ima.evaluation.models import load_model, read_json
+from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.files import atomic_path, write_text
 from nnunet_ima.settings import KEY
 
 SELECTED = "checkpoint_selected.pth"
-CANDIDATES = ("snapshot_epoch_*.pth", "checkpoint_best_robust.pth", "checkpoint_final.pth")
+FINAL, BEST_ROBUST = "checkpoint_final.pth", "checkpoint_best_robust.pth"
+# How the command of a measurement made here begins.
+MINE = "nnunet_ima select"
+CANDIDATES = ("snapshot_epoch_*.pth", BEST_ROBUST, FINAL)
 
 
 @dataclass(frozen=True)
@@ -28,15 +36,19 @@ class Candidate:
 
     Attributes:
         checkpoint: name of the file.
-        largest_margin: when it was kept, None if the file does not tell.
+        epoch: after how many it was kept.
+        largest_margin: at that time, None if the file does not tell.
         clean, robust: TVDI in [0, 1], untouched and attacked.
+        trained_on_these_cases: whether the weights learned from cases they were measured on.
         within_budget: whether its clean Dice is close enough to the best.
     """
 
     checkpoint: str
+    epoch: int
     largest_margin: float | None
     clean: float
     robust: float
+    trained_on_these_cases: bool = False
     within_budget: bool = True
 
 
@@ -58,15 +70,17 @@ def select(request: Request, max_clean_drop: float, reference: Path | None) -> t
     files = sorted({file for pattern in CANDIDATES for file in fold.glob(pattern)})
     if not files:
         raise UserError(f"{fold} holds no snapshot and no final checkpoint; train with nnUNetTrainerIMA first.")
+    _check(request, reference)
     output = request.output or fold / "nnunet_ima" / "selection"
-    measured = [_measure(replace(request, checkpoint=file.name, output=output / file.stem)) for file in files]
-    aim = max(clean for clean, _ in measured)
+    aim = -math.inf
     if reference is not None:
-        aim, _ = _measure(replace(request, model=reference, output=output / "reference"))
-    found = [
-        Candidate(file.name, _largest_margin(file), clean, robust, clean >= aim - max_clean_drop / 100)
-        for file, (clean, robust) in zip(files, measured, strict=True)
-    ]
+        aim = _measure(replace(request, model=reference, checkpoint=FINAL, output=output / "reference")).clean
+    measured = [_measure(replace(request, checkpoint=file.name, output=output / file.stem)) for file in files]
+    measured.sort(key=lambda candidate: (candidate.epoch, candidate.checkpoint))
+    if reference is None:
+        aim = max(candidate.clean for candidate in measured)
+    lowest = aim - max_clean_drop / 100
+    found = [replace(candidate, within_budget=candidate.clean >= lowest) for candidate in measured]
     allowed = [candidate for candidate in found if candidate.within_budget]
     if not allowed:
         best = max(found, key=lambda candidate: candidate.clean)
@@ -81,33 +95,51 @@ def select(request: Request, max_clean_drop: float, reference: Path | None) -> t
     return chosen, output
 
 
-def _measure(request: Request) -> tuple[float, float]:
+def _check(request: Request, reference: Path | None) -> None:
+    """Find out now, not after hours, what cannot be measured."""
+    parse_attack(request.attacks[0])
+    parse_level((request.levels or [""])[0], request.norm)
+    choose_device(request.device)
+    if reference is not None:
+        cpu, fold = torch.device("cpu"), read_fold(request.fold)
+        theirs = load_model(reference, fold, FINAL, cpu).plans.dataset_name
+        ours = str(read_json(_model_of(request) / "plans.json").get("dataset_name"))
+        if theirs != ours:
+            raise UserError(f"The reference {reference} is a model of {theirs}, not of {ours}; give one of {ours}.")
+
+
+def _measure(request: Request) -> Candidate:
     """Clean and attacked TVDI; what was measured before on the same file in the same way is read."""
     assert request.output is not None
     checkpoint = _model_of(request) / f"fold_{request.fold}" / request.checkpoint
     # Not the command as typed: with another budget for clean Dice, the measurements are the same.
     same = (request.attacks, request.norm, request.levels, request.max_samples, request.seed, request.device)
-    folder, request = request.output, replace(request, command=f"nnunet_ima select {same}")
+    folder, request = request.output, replace(request, command=f"{MINE} {same}")
     file = folder / "summary.json"
     summary = read_json(file) if file.is_file() else {}
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else ""
     if summary.get("command") != request.command or summary["model"]["sha256"] != digest:
-        shutil.rmtree(folder, ignore_errors=True)
+        if str(summary.get("command", "")).startswith(MINE):
+            shutil.rmtree(folder)  # ours, and of another attack or file; anybody else's is refused by evaluate
         print(f"{folder.name}:", flush=True)
         evaluate(request)
         summary = read_json(file)
-    return float(summary["clean"]["tvdi"]), float(summary["results"][0]["tvdi"])
+    content = safe_load(checkpoint)
+    ours = content["init_args"].get(KEY, {})
+    margin = ours.get("largest_margin") if isinstance(ours, Mapping) else None
+    return Candidate(
+        checkpoint=checkpoint.name,
+        epoch=int(content.get("current_epoch", 0)),
+        largest_margin=float(margin) if isinstance(margin, (int, float)) else None,
+        clean=float(summary["clean"]["tvdi"]),
+        robust=float(summary["results"][0]["tvdi"]),
+        trained_on_these_cases=bool(summary["trained_on_these_cases"]),
+    )
 
 
 def _model_of(request: Request) -> Path:
     assert request.model is not None
     return request.model
-
-
-def _largest_margin(file: Path) -> float | None:
-    ours = safe_load(file)["init_args"].get(KEY, {})
-    margin = ours.get("largest_margin")
-    return float(margin) if isinstance(margin, (int, float)) else None
 
 
 def _write(
@@ -130,20 +162,24 @@ def _write(
 
 def table(found: Sequence[Candidate], chosen: Candidate) -> str:
     """For people, TVDI in %."""
-    lines = ["| checkpoint | largest margin | clean | attacked | |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| checkpoint | epoch | largest margin | clean | attacked | |", "| --- | --- | --- | --- | --- | --- |"]
     for candidate in found:
         margin = "" if candidate.largest_margin is None else f"{candidate.largest_margin:.2f}"
         mark = "**selected**" if candidate == chosen else "" if candidate.within_budget else "clean Dice too low"
         dice = f"{100 * candidate.clean:.1f} | {100 * candidate.robust:.1f}"
-        lines.append(f"| {candidate.checkpoint} | {margin} | {dice} | {mark} |")
+        lines.append(f"| {candidate.checkpoint} | {candidate.epoch} | {margin} | {dice} | {mark} |")
+    if any(candidate.trained_on_these_cases for candidate in found):
+        lines += ["", "The weights learned from some of these very cases; the figures flatter them."]
     return "\n".join(lines) + "\n"
 
 
 def _draw(file: Path, found: Sequence[Candidate], chosen: Candidate, lowest: float, request: Request) -> None:
-    """Clean against attacked Dice, in the order of training; what is left of the line lost too much."""
+    """Clean against attacked Dice, a line in the order of training; what is left of the dashed one lost too much."""
+    path = [c for c in found if c.checkpoint != BEST_ROBUST]
     with plt.style.context("default"):
         figure, axes = plt.subplots(figsize=(7, 5), dpi=130, layout="constrained")
-        axes.plot([100 * c.clean for c in found], [100 * c.robust for c in found], "-o", color="#1f77b4", alpha=0.6)
+        axes.plot([100 * c.clean for c in path], [100 * c.robust for c in path], "-o", color="#1f77b4", alpha=0.6)
+        axes.plot([100 * c.clean for c in found], [100 * c.robust for c in found], "o", color="#1f77b4")
         for candidate in found:
             name = candidate.checkpoint.removesuffix(".pth").removeprefix("snapshot_").removeprefix("checkpoint_")
             axes.annotate(

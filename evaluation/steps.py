@@ -40,10 +40,19 @@ class Steps:
         # How a training was started or continued does not matter; its settings were compared.
         if done.is_file() if counted else self.is_done(step, command):
             return
+        started = time.time()
+        self.run(step, command, counted, total)
+        write_text(done, json.dumps({"seconds": round(time.time() - started, 1), "command": list(command)}))
+
+    def run(self, step: str, command: Sequence[str], counted: str = "", total: int | None = None) -> None:
+        """Run a command, whether or not it ran before.
+
+        Raises:
+            UserError: it failed, or another one is at work with the same logs.
+        """
         log = self.logs / f"{step}.log"
         running = self.logs / "running.pid"
         _refuse_if_alive(running)
-        started = time.time()
         with log.open("w", encoding="utf-8") as stream:
             process = subprocess.Popen(
                 [_program(command[0]), *command[1:]],
@@ -63,7 +72,6 @@ class Steps:
                     running.unlink(missing_ok=True)
         if process.returncode:
             raise UserError(f"The step {step} failed: {_last_line(log)} (all of it in {log}).")
-        write_text(done, json.dumps({"seconds": round(time.time() - started, 1), "command": list(command)}))
 
     def is_done(self, step: str, command: Sequence[str]) -> bool:
         """Whether a step ended well before, by this very command; an attack with fewer steps is another one."""

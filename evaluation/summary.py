@@ -53,6 +53,7 @@ def summarise(evaluation: Evaluation, outcomes: Sequence[Outcome], command: str)
         "max_samples": evaluation.max_samples,
         # Of a stock model, only the splits file beside the preprocessed data tells; it is taken at its word.
         "trained_on_these_cases": evaluation.model.fold == "all" or bool(_learned_from(evaluation, outcomes)),
+        "started_from_unknown_weights": evaluation.model.started_from_unknown,
         "device": str(evaluation.device),
         "command": command,
         "versions": versions(),
@@ -101,6 +102,8 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
     lines += [f"- {'passed' if item['passed'] else 'FAILED'}: {item['sentence']}" for item in summary["trust"]]
     if summary["trained_on_these_cases"]:
         lines += ["", "The model was trained on these very cases, or some of them; the figures flatter it."]
+    elif summary["started_from_unknown_weights"]:
+        lines += ["", "The training started from other weights; whether those learned from these cases is not known."]
     return "\n".join(lines) + "\n"
 
 

@@ -55,13 +55,15 @@ class PredictionAverages:
         """Take a prediction into the average of the voxels it was made for.
 
         Each voxel of the patch counts for the nearest voxel of the case; several that meet there count as their mean.
+        A prediction that is NaN or infinite does not count: an average would never get rid of it.
 
         Args:
             case: its name.
             coordinates: (3, *patch) in voxels of the case; NaN outside.
             prediction: probabilities (K, *patch).
         """
-        box, voxels, known = self._box(case, coordinates)
+        finite = torch.isfinite(prediction).all(0, keepdim=True).cpu()
+        box, voxels, known = self._box(case, torch.where(finite, coordinates.cpu(), torch.nan))
         if not len(voxels):
             return
         size = tuple(part.stop - part.start for part in box)
@@ -133,8 +135,9 @@ class PredictionAverages:
                     f"the averages in the checkpoint do not fit the case {case} as it is preprocessed now; start a new "
                     f"training, for instance with -pretrained_weights."
                 )
-            weights = stored["weights"].clone()
-            averages[case] = _Average(stored["sums"].clone(), weights, torch.zeros(shape, dtype=torch.bool))
+            # nnU-Net reads a checkpoint onto the training's device; the averages stay on the CPU.
+            sums, weights = (stored[kind].cpu().clone() for kind in ("sums", "weights"))
+            averages[case] = _Average(sums, weights, torch.zeros(shape, dtype=torch.bool))
         self._averages = averages
 
     def _of(self, case: str) -> _Average:

@@ -58,6 +58,12 @@ def noted_training_cases(checkpoint: Mapping[str, Any]) -> frozenset[str] | None
     return frozenset(map(str, noted)) if isinstance(noted, list) else None
 
 
+def started_from_unknown(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether one of our trainers noted that it started with ``-pretrained_weights``."""
+    ours = checkpoint["init_args"].get(KEY)
+    return isinstance(ours, Mapping) and bool(ours.get("started_from_unknown"))
+
+
 def training_cases(
     checkpoint: Mapping[str, Any], splits: Sequence[Mapping[str, Sequence[str]]], all_cases: Sequence[str]
 ) -> frozenset[str]:

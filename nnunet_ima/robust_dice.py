@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nnunet_ima.attacks.oracle import undisturbed
+from nnunet_ima.attacks.oracle import finite_logits, undisturbed
 from nnunet_ima.attacks.pgd import PGD
 from nnunet_ima.dice import Confusion as Counts
 from nnunet_ima.dice import DiceCriterion, class_dice, confusion
-from nnunet_ima.losses import first
 from nnunet_ima.threat import ThreatModel
 
 STEPS, STEP_SIZE = 10, 0.25
@@ -40,7 +39,11 @@ class RobustDice:
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __call__(self, network: nn.Module) -> float:
-        """Dice over all voxels of the patches, mean of classes, as nnU-Net's pseudo Dice; NaN without foreground."""
+        """Dice over all voxels of the patches, mean of classes, as nnU-Net's pseudo Dice; NaN without foreground.
+
+        Raises:
+            UserError: the network's output is NaN or infinite.
+        """
         parts = []
         for start in range(0, len(self.images), self.batch_size):
             index = torch.arange(start, min(start + self.batch_size, len(self.images)), device=self.images.device)
@@ -53,8 +56,8 @@ class RobustDice:
                 autocast=self.autocast,
             )
             perturbed = attack(network, self.images[index], self.targets[index]).images
-            with undisturbed(network), torch.no_grad(), self.autocast():
-                logits = first(network(perturbed))
+            with undisturbed(network), torch.no_grad():
+                logits = finite_logits(network, perturbed, self.autocast, len(perturbed))
             parts.append(confusion(logits, self.targets[index], self.criterion.labels))
         pooled = Counts(*(torch.cat(part).sum(0, keepdim=True) for part in zip(*parts, strict=True)))
         return float(class_dice(pooled).nanmean())

@@ -94,6 +94,20 @@ def test_what_lies_outside_the_case_is_neither_read_nor_written(seed):
     assert not found[:, :, :2].any()
 
 
+@given(seeds, st.sampled_from([float("nan"), float("inf")]))
+def test_a_prediction_that_is_no_number_is_left_out(seed, bad):
+    averages = PredictionAverages(0.9, {"a": SHAPE}, 2)
+    first, second = predictions(seed, 2)
+    averages.update("a", whole(), first)
+    broken = second.clone()
+    broken[1, 1, 2, 3] = bad
+    averages.update("a", whole(), broken)
+    found, known = averages.read("a", whole())
+    assert known.all()
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found[:, 1, 2, 3], first[:, 1, 2, 3], atol=5e-3, rtol=0)
+
+
 @given(seeds)
 def test_a_state_that_is_saved_and_loaded_is_the_same(seed):
     averages = PredictionAverages(0.9, {"a": SHAPE}, 2)

@@ -85,6 +85,14 @@ def test_self_configuration_is_explained(project, plans_file, capsys):
         (("-c", "2d_tiny", "-tr", "nnUNetTrainer"), "none of our trainers"),
         (("-c", "2d_tiny", "-f", "x"), "neither a number nor all"),
         (("-c", "2d_tiny", "-p", "None"), "no plans None"),
+        (("-c", "2d_tiny", "-p", "dataset"), "no plans file"),
+        (("-c", "2d_tiny", "--name", "a/b"), "name 'a/b' is not possible"),
+        (("-c", "2d_tiny", "--name", "a__b"), "name 'a__b' is not possible"),
+        (("-c", "2d_tiny", "--set", "te_start=0.9"), "te_start must not be above te_end"),
+        (("-c", "2d_tiny", "--set", "epsilon=" + "9" * 5000), "at least 0"),
+        (("-c", "2d_tiny", "--set", "epsilon=" + "[" * 5000), "at least 0"),
+        # What cannot be trained does not end up in the user's plans.
+        (("-c", "2d_tiny", "--set", "epsilon=3", "-tr", "nnUNetTrainer"), "none of our trainers"),
     ],
 )
 def test_what_cannot_be_done_ends_with_a_sentence_and_changes_nothing(project, plans_file, capsys, arguments, said):
@@ -170,3 +178,19 @@ def test_inheritance_that_goes_in_circles_ends_with_a_sentence(project, plans_fi
     Path(plans_file).write_text(json.dumps(plans), encoding="utf-8")
     assert configure("-c", "a") == 2
     assert "inherits from itself" in capsys.readouterr().err
+
+
+def test_a_setting_is_judged_together_with_those_it_is_added_to(project, plans_file, capsys):
+    plans = read(plans_file)
+    plans["configurations"]["2d_tiny"]["nnunet_ima"]["te_end"] = 0.95
+    write(plans_file, plans)
+    assert configure("-c", "2d_tiny", "--set", "te_start=0.9", "-tr", "nnUNetTrainerTE") == 0
+
+
+def test_a_cascade_can_be_looked_at_before_its_first_stage_is_trained(project, plans_file, results, capsys):
+    plans = read(plans_file)
+    plans["configurations"]["3d_low"] = {**plans["configurations"]["3d_tiny"], "next_stage": "3d_high"}
+    plans["configurations"]["3d_high"] = {"inherits_from": "3d_tiny", "previous_stage": "3d_low"}
+    write(plans_file, plans)
+    assert configure("-c", "3d_high") == 0
+    assert "training samples" in capsys.readouterr().out

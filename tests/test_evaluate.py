@@ -554,3 +554,24 @@ def test_bad_data_leaves_no_empty_folder_behind(std_2d, tmp_path, monkeypatch):
     monkeypatch.setattr("nnunet_ima.evaluation.run.Evaluation.run", refuse)
     assert main(["evaluate", "-m", str(std_2d), "-o", str(tmp_path / "out"), "-device", "cpu"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_unknown_weights_says_so(project, std_2d, tmp_path):
+    """As -pretrained_weights does it: nnU-Net initialises the trainer and loads weights before the training starts."""
+    with project.in_force(), quiet():
+        trainer = make_trainer(project, nnUNetTrainerSTD)
+        trainer.initialize()
+        trainer.on_train_start()
+        (tmp_path / "model" / "fold_0").mkdir(parents=True)
+        trainer.save_checkpoint(str(tmp_path / "model" / "fold_0" / "checkpoint_final.pth"))
+    for name in ("plans.json", "dataset.json"):
+        (tmp_path / "model" / name).write_bytes((std_2d / name).read_bytes())
+    report = run(tmp_path / "out", "-m", str(tmp_path / "model"), "--no-cases", "--max-samples", "1",
+                 "--levels", "1", "--attacks", "pgd:steps=1")  # fmt: skip
+    assert report.summary["started_from_unknown_weights"]
+    assert not report.summary["trained_on_these_cases"]
+    assert "is not known" in (report.folder / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_model_trained_from_random_weights_is_known(report):
+    assert not report.summary["started_from_unknown_weights"]

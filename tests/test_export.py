@@ -145,3 +145,11 @@ def test_provenance_is_valid_json_with_both_checksums(hardened, tmp_path):
     (fold,) = json.loads((exported / PROVENANCE).read_text(encoding="utf-8"))["folds"]
     assert set(fold["sha256"]) == {"hardened", "exported"}
     assert fold["sha256"]["hardened"] != fold["sha256"]["exported"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "a__b", "", "."])
+def test_a_name_that_would_break_nnunets_folders_is_refused(ima_2d, tmp_path, capsys, name):
+    model = str(Path(ima_2d.output_folder).parent)
+    assert run("-m", model, "-o", str(tmp_path), "--plans-name", name or " ") == 2
+    assert "is not possible" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -75,8 +75,10 @@ def evaluate(project: Project, model: Path, output: Path, *options: str) -> dict
     return read(output / "summary.json")
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("configuration", ["2d_tiny", "3d_tiny"])
+@pytest.mark.parametrize(
+    ("method", "configuration"),
+    [("IMA", "2d_tiny"), ("IMA", "3d_tiny"), ("SAT", "2d_tiny"), ("TE", "3d_tiny"), ("TRADES", "2d_tiny")],
+)
 def test_regions_with_an_ignore_label_and_two_channels(regions, tmp_path, method, configuration):
     plans = regions.plans()
     plans["configurations"][configuration]["nnunet_ima"] = {**SETTINGS, "te_start": 0.0}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import math
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nnunet_project import PLANS, read
+from nnunet_project import PLANS, read, write
 from PIL import Image
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.command_line import main
-from nnunet_ima.evaluation.configure import PlannedDataset
+from nnunet_ima.evaluation.configure import PlannedDataset, find_planned
 from nnunet_ima.evaluation.grid import Grid, Point, Score, draw, points_of
 
 values = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
@@ -87,6 +89,9 @@ def test_jobs_that_are_not_finished_are_counted(tmp_path):
         (("--epsilon", "2", "--delta-epsilon", "1", "-part_id", "1"), "from 0 to 0"),
         (("--epsilon", "2", "--delta-epsilon", "1", "--level", "abc"), "no number"),
         (("--epsilon", "2", "--delta-epsilon", "1", "-c", "5d"), "no configuration '5d'"),
+        (("--epsilon", "2", "--delta-epsilon", "1", "--attack", "apdg"), "no attack 'apdg'"),
+        (("--epsilon", "2", "--delta-epsilon", "1", "-tr", "nnUNetTrainerSAT"), "does not read delta_epsilon"),
+        (("--epsilon", "2", "--delta-epsilon", "1", "-tr", "nnUNetTrainerNone"), "no trainer"),
     ],
 )
 def test_what_cannot_be_done_ends_with_a_sentence(project, tmp_path, capsys, arguments, said):
@@ -95,6 +100,38 @@ def test_what_cannot_be_done_ends_with_a_sentence(project, tmp_path, capsys, arg
     assert main([*known, *arguments]) == 2
     assert said in capsys.readouterr().err
     assert sorted(file.name for file in project.preprocessed.glob("*.json")) == before
+
+
+def test_results_of_another_attack_or_trainer_are_not_of_this_grid(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    (tmp_path / "results").mkdir()
+    points = [Point(5, 1), Point(10, 1)]
+    grid = grid_of(points, tmp_path)
+    for point, level in zip(points, ("5", "10"), strict=True):
+        (tmp_path / point.name).mkdir()
+        command = shlex.join(replace(grid, level=level)._evaluation(point))
+        summary = {"command": command, "clean": {"tvdi": 0.8}, "results": [{"tvdi": 0.5}]}
+        write(tmp_path / point.name / "summary.json", summary)
+    assert grid.collect() == [Score(points[0], 0.8, 0.5)]
+    assert replace(grid, trainer="nnUNetTrainerIMA_50epochs").collect() == []
+
+
+def test_the_grids_plans_follow_the_users(project, tmp_path):
+    users = find_planned("901", PLANS)
+    grid = replace(grid_of([Point(5, 1)], tmp_path), planned=users, configuration="2d_tiny")
+    file = users.plans_file.with_name(f"{PLANS}Grid.json")
+    try:
+        write(file, grid._with_points().plans)
+        entry = {"inherits_from": "2d_tiny"}
+        later = replace(users, plans={**users.plans, "configurations": {**users.configurations, "2d_new": entry}})
+        added = replace(grid, planned=later, configuration="2d_new", points=[Point(7, 1)])._with_points().plans
+        assert {"2d_new", "2d_new_e7_d1", "2d_tiny_e5_d1"} <= added["configurations"].keys()
+        changed = {**users.configurations["2d_tiny"], "batch_size": 77}
+        other = replace(users, plans={**users.plans, "configurations": {**users.configurations, "2d_tiny": changed}})
+        with pytest.raises(UserError, match="2d_tiny was another configuration"):
+            replace(grid, planned=other)._with_points()
+    finally:
+        file.unlink()
 
 
 @pytest.mark.slow

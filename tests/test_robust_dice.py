@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from nnunet_project import make_trainer, quiet, weights_of
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_trainers import started
 
 from nnunet_ima.attacks.pgd import PGD
+from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.metrics import tvdi
 from nnunet_ima.evaluation.models import load_model
 from nnunet_ima.fixed_patches import fixed_patches
@@ -133,6 +135,44 @@ def test_the_best_checkpoint_has_the_highest_geometric_mean(project, results, st
         again.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
         again.on_train_start()
     assert again.best_robust == pytest.approx(math.sqrt(0.8 * 0.5))
+
+
+def test_a_measurement_that_fails_is_logged_and_does_not_end_the_training(project, results, monkeypatch):
+    def refuse(*_: object) -> float:
+        raise UserError("the output is NaN.")
+
+    monkeypatch.setattr("nnunet_ima.robust_dice.RobustDice.__call__", refuse)
+    trainer = make_trainer(project, nnUNetTrainerSAT, num_epochs=1, robust_every=1)
+    with quiet():
+        trainer.run_training()
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text(encoding="utf-8")
+    assert "No robust Dice: the output is NaN." in log
+    assert trainer.best_robust is None
+
+
+def test_a_pseudo_dice_that_is_no_number_does_not_stand_in_the_way_of_later_ones(project, results, monkeypatch):
+    trainer = started(project, nnUNetTrainerSAT, "2d_tiny", robust_every=1)
+    monkeypatch.setattr("nnunet_ima.robust_dice.RobustDice.__call__", lambda *_: 0.5)
+    monkeypatch.setattr(nnUNetTrainer, "on_validation_epoch_end", lambda *_: None)
+    monkeypatch.setattr(trainer.logger, "get_value", lambda *_, **__: float("nan"))
+    with quiet():
+        trainer.on_validation_epoch_end([])
+    assert trainer.best_robust is None
+    monkeypatch.setattr(trainer.logger, "get_value", lambda *_, **__: 0.5)
+    with quiet():
+        trainer.on_validation_epoch_end([])
+    assert trainer.best_robust == pytest.approx(0.5)
+
+
+def test_a_new_training_removes_what_an_earlier_one_chose(project, results):
+    trainer = make_trainer(project, nnUNetTrainerSAT)
+    folder = Path(trainer.output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoint_best_robust.pth", "checkpoint_selected.pth"):
+        (folder / name).write_bytes(b"old")
+    with quiet():
+        trainer.on_train_start()
+    assert list(folder.glob("*.pth")) == []
 
 
 @pytest.mark.parametrize("settings", [{"robust_every": 0}, {"epsilon": 0.0}])

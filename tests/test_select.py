@@ -17,7 +17,7 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation import select as module
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.evaluate import Request
-from nnunet_ima.evaluation.select import SELECTED, select
+from nnunet_ima.evaluation.select import SELECTED, Candidate, select
 from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
 
 ATTACK = ("--attack", "pgd:steps=2", "--level", "2", "--max-samples", "6", "-device", "cpu")
@@ -111,14 +111,18 @@ def test_the_chosen_one_is_the_most_robust_of_those_within_the_budget(tmp_path_f
         (model / "fold_0" / f"snapshot_epoch_{epoch:04d}.pth").write_bytes(bytes([epoch]))
     with pytest.MonkeyPatch().context() as patch:
         values = iter(found)
-        patch.setattr(module, "_measure", lambda _: next(values))
-        patch.setattr(module, "_largest_margin", lambda _: None)
+        patch.setattr(module, "_measure", lambda asked: measured(asked, *next(values)))
         patch.setattr(module, "_draw", lambda *_: None)
         chosen, _ = select(request(model), drop, None)
     lowest = max(clean for clean, _ in found) - drop / 100
+    # Rounding may decide at the very edge of the budget.
     allowed = [(robust, clean) for clean, robust in found if clean >= lowest]
     assert (chosen.robust, chosen.clean) == max(allowed)
     assert (model / "fold_0" / SELECTED).read_bytes() == (model / "fold_0" / chosen.checkpoint).read_bytes()
+
+
+def measured(asked: Request, clean: float, robust: float) -> Candidate:
+    return Candidate(asked.checkpoint, 0, None, clean, robust)
 
 
 def request(model: Path) -> Request:
@@ -129,9 +133,9 @@ def request(model: Path) -> Request:
 def test_a_reference_sets_the_budget_and_may_leave_nobody_within_it(tmp_path, monkeypatch):
     (tmp_path / "fold_0").mkdir()
     (tmp_path / "fold_0" / "checkpoint_final.pth").write_bytes(b"")
-    values = iter([(0.7, 0.5), (0.9, 0.1)])
-    monkeypatch.setattr(module, "_measure", lambda _: next(values))
-    monkeypatch.setattr(module, "_largest_margin", lambda _: None)
+    values = iter([(0.9, 0.1), (0.7, 0.5)])  # the reference comes first
+    monkeypatch.setattr(module, "_measure", lambda asked: measured(asked, *next(values)))
+    monkeypatch.setattr(module, "_check", lambda *_: None)
     with pytest.raises(UserError, match=r"checkpoint_final\.pth, has 70\.0 %"):
         select(request(tmp_path), 1.0, tmp_path / "stock")
     assert not (tmp_path / "fold_0" / SELECTED).exists()
@@ -151,3 +155,25 @@ def test_what_cannot_be_done_ends_with_a_sentence(hardened, tmp_path, capsys, ar
     assert run("-m", str(hardened), "-o", str(tmp_path), *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in error
+
+
+def test_what_cannot_be_measured_is_found_out_before_anything_is_measured_or_removed(hardened, tmp_path, monkeypatch):
+    assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 0
+    before = sorted(tmp_path.rglob("*"))
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(module, "evaluate", never)
+    assert run("-m", str(hardened), "-o", str(tmp_path), *ATTACK, "--attack", "apdg") == 2
+    assert run("-m", str(hardened), "-o", str(tmp_path), *ATTACK, "--reference", str(tmp_path / "none")) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_somebody_elses_results_are_not_removed(hardened, tmp_path, capsys):
+    other = tmp_path / "checkpoint_final"
+    other.mkdir()
+    (other / "summary.json").write_text('{"command": "nnunet_ima evaluate"}', encoding="utf-8")
+    assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 2
+    assert "another command" in capsys.readouterr().err
+    assert read(other / "summary.json") == {"command": "nnunet_ima evaluate"}

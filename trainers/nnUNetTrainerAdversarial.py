@@ -120,6 +120,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         # Highest geometric mean of pseudo Dice and robust Dice so far.
         self.best_robust: float | None = None
         self._robust_dice: RobustDice | None = None
+        # Whether it started with -pretrained_weights, of which nnU-Net tells a trainer nothing.
+        self._unknown_start = False
         # Cases that the weights learned from before this training.
         self._learned_before: frozenset[str] = frozenset()
 
@@ -147,10 +149,21 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             if self.local_rank == 0:
                 remove_leftovers(Path(self.output_folder))
             # Before the data is unpacked: a wrong file should not be found out after minutes.
-            if self._resumed_from is None and self.overrides.get("start_from") is not None:
-                self._start_from(Path(self.overrides["start_from"]))
+            if self._resumed_from is None:
+                self._begin_anew()
             super().on_train_start()
             self._configure()
+
+    def _begin_anew(self) -> None:
+        # What an earlier training left in this folder must not pass for this one's.
+        if self.local_rank == 0:
+            for name in ("checkpoint_best_robust.pth", "checkpoint_selected.pth"):
+                (Path(self.output_folder) / name).unlink(missing_ok=True)
+        start = self.overrides.get("start_from")
+        # nnU-Net initialises before this call only to load -pretrained_weights.
+        self._unknown_start = self.was_initialized and start is None
+        if start is not None:
+            self._start_from(Path(start))
 
     def _start_from(self, file: Path) -> None:
         """Take over a whole network. nnU-Net's ``-pretrained_weights`` leaves the output layers out."""
@@ -198,6 +211,9 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self._learned_before = frozenset(self._saved.get("training_cases", ()))
             self.best_robust = self._saved.get("best_robust")
             self.load_method_state(self._saved["state"])
+            self._unknown_start = bool(self._saved.get("started_from_unknown"))
+            # It may be large, and on a GPU.
+            self._saved = None
         known = self._learned_before & self._cases_of(self.dataloader_val)
         if known and self.fold != "all":
             self.print_to_log_file(
@@ -228,6 +244,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
 
     def preview(self) -> tuple[Configured, Plan, int]:
         """What a training would use, without starting one: settings, plan, number of training samples."""
+        # Of a cascade only the shapes are needed, not what the first stage found.
+        self.folder_with_segs_from_previous_stage = None
         training, _ = self.get_tr_and_val_datasets()
         self.training_shapes = _shapes(training)
         return self._configured(), self.plan(), self.count_samples()
@@ -252,7 +270,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             "settings": self.configured.in_force,
             "origins": dict(self.configured.origins),
             "best_robust": self.best_robust,
-            # All that the weights ever learned from, so that an evaluation knows.
+            "started_from_unknown": self._unknown_start,
+            # All that the weights are known to have learned from, so that an evaluation knows.
             "training_cases": sorted(self._learned_before | self._cases_of(self.dataloader_train)),
         }
 
@@ -289,12 +308,17 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         robust = float("nan")
         due = self.settings.robust_every and (self.current_epoch + 1) % self.settings.robust_every == 0
         if self._robust_dice is not None and (due or self.current_epoch == self.num_epochs - 1):
-            robust = self._robust_dice(self.bare_network)
+            try:
+                robust = self._robust_dice(self.bare_network)
+            except UserError as error:
+                self.print_to_log_file(f"No robust Dice: {error}")
         self.logger.log("robust_dice", robust, self.current_epoch)
         if math.isnan(robust):
             return
         clean = float(self.logger.get_value("mean_fg_dice", step=-1))
-        score = math.sqrt(max(clean, 0.0) * robust)
+        score = math.sqrt(clean * robust)
+        if math.isnan(score):
+            return
         self.print_to_log_file(f"Robust Dice {robust:.4f}, geometric mean with the pseudo Dice {score:.4f}")
         if self.best_robust is None or score > self.best_robust:
             self.best_robust = score
@@ -466,7 +490,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             ) from error
         self._resumed_from = str(filename_or_checkpoint)
         saved = self.my_init_kwargs.pop(KEY, None)
-        self._saved = saved if isinstance(saved, Mapping) and "state" in saved else None
+        self._saved = _on_cpu(saved) if isinstance(saved, Mapping) and "state" in saved else None
         if self._saved is not None and self._saved.get("trainer") != type(self).__name__:
             self._saved = None
         if isinstance(self.logger.local_logger, AdversarialLogger):
@@ -532,6 +556,15 @@ def _loader(augmenter: Any) -> Any:
 
 def _shapes(dataset: Any) -> dict[str, tuple[int, ...]]:
     return {str(case): tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
+
+
+def _on_cpu(value: Any) -> Any:
+    """Nested state with its tensors on the CPU; nnU-Net reads checkpoints onto the training's device."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(part) for key, part in value.items()}
+    return value
 
 
 def _check_finite(images: Tensor, cases: Sequence[str]) -> None:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
-from nnunet_ima.attacks.oracle import undisturbed
+from nnunet_ima.attacks.oracle import finite_logits, undisturbed
 from nnunet_ima.averages import PredictionAverages
 from nnunet_ima.coordinate_loader import CoordinateDataLoader
 from nnunet_ima.divergence import as_list, probabilities_of, squared_distance
@@ -46,7 +47,9 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
         """No average yet."""
         heads = self.label_manager.num_segmentation_heads
         self.averages = PredictionAverages(self.settings.te_momentum, self.training_shapes, heads)
-        needed, memory = self.averages.bytes_needed, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        # Each rank holds all of them.
+        copies = dist.get_world_size() if self.is_ddp else 1
+        needed, memory = copies * self.averages.bytes_needed, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > MOST_MEMORY * memory:
             raise UserError(
                 f"TE keeps an average prediction of every training case, {needed / 2**30:.1f} GiB for these; that is "
@@ -85,8 +88,8 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
     def _averaged(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Take the clean predictions into the averages, then read these: (B, K, *patch) and where there are any."""
         assert batch.coordinates is not None
-        with undisturbed(self.bare_network), torch.no_grad(), self.autocast():
-            logits = first(self.bare_network(batch.images))
+        with undisturbed(self.bare_network), torch.no_grad():
+            logits = finite_logits(self.bare_network, batch.images, self.autocast, len(batch.images))
         predictions = probabilities_of(logits, self.labels.regions).cpu()
         read = []
         for (case, _), coordinates, prediction in zip(batch.samples, batch.coordinates, predictions, strict=True):
