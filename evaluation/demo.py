@@ -8,7 +8,9 @@ from nnunet_ima.evaluation.comparison import Run, write_comparison
 from nnunet_ima.evaluation.phantom import make_phantom_task
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, SmallNetwork
 
-PHANTOM_CASES = 48
+PHANTOM_CASES = 40
+# Without it a network needs longer to learn the phantom than a demonstration should take.
+PHANTOM_ENHANCEMENT = 0.5
 
 NETWORK = SmallNetwork("2d_demo", features=8, most_features=64, batch_size=16)
 
@@ -56,7 +58,9 @@ def run_demo(output: Path, data: Path | None, device: str) -> Path:
     """
     pipeline = Pipeline(output, "nnUNetPlansDemo", NETWORK, device)
     _say(1, "Making a phantom dataset" if data is None else f"Taking {data}")
-    task = make_phantom_task(pipeline.output / "data" / "Task901_Phantom", PHANTOM_CASES) if data is None else data
+    task = data or make_phantom_task(
+        pipeline.output / "data" / "Task901_Phantom", PHANTOM_CASES, enhancement=PHANTOM_ENHANCEMENT
+    )
     _say(2, "nnU-Net plans and preprocesses")
     dataset = pipeline.prepare(task)
     pipeline.write_plans(dataset, (STOCK, HARDENED))

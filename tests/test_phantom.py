@@ -173,7 +173,7 @@ def test_a_folder_with_other_content_is_refused_and_kept(tmp_path):
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(seed: int, number: int) -> tuple[ImageArray, LabelArray]:
+    def interrupted(seed: int, number: int, enhancement: float) -> tuple[ImageArray, LabelArray]:
         if number == 1:
             raise KeyboardInterrupt
         return phantom_case(seed, number)
@@ -223,3 +223,22 @@ def test_nnunet_converts_it(task, tmp_path):
         image, labels = phantom_case(SEED, number)
         np.testing.assert_array_equal(read(raw / f"imagesTr/phantom_{number:03d}_0000.nii.gz"), image)
         np.testing.assert_array_equal(read(raw / f"labelsTr/phantom_{number:03d}.nii.gz"), labels)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_enhancement_brightens_the_structure_and_nothing_else_of_its_shape(number):
+    plain, labels = phantom_case(0, number)
+    bright, same = phantom_case(0, number, 0.5)
+    assert np.array_equal(labels, same)
+    assert bright[labels == 2].mean() > bright[labels == 1].mean()
+    surroundings = [float(np.median(image[labels == 0])) for image in (plain, bright)]
+    parts = [[float(image[labels == label].mean()) / s for label in (1, 2)]
+             for image, s in zip((plain, bright), surroundings, strict=True)]  # fmt: skip
+    assert parts[1][0] > parts[0][0] + 0.2
+    assert parts[1][1] > parts[0][1] + 0.4
+
+
+@pytest.mark.parametrize("enhancement", [-0.1, 3.0, float("nan")])
+def test_an_enhancement_out_of_range_is_named(tmp_path, enhancement):
+    with pytest.raises(UserError, match="enhancement"):
+        make_phantom_task(tmp_path / "Task901_Phantom", 5, enhancement=enhancement)
