@@ -8,7 +8,7 @@ from nnunet_ima.evaluation.comparison import Run, write_comparison
 from nnunet_ima.evaluation.phantom import make_phantom_task
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, SmallNetwork
 
-PHANTOM_CASES = 40
+PHANTOM_CASES = 30
 # Without it a network needs longer to learn the phantom than a demonstration should take.
 PHANTOM_ENHANCEMENT = 0.5
 
@@ -18,27 +18,27 @@ NETWORK = SmallNetwork("2d_demo", features=8, most_features=64, batch_size=16)
 STOCK = Method(
     "Stock nnU-Net",
     "nnUNetTrainerSTD",
-    {"num_epochs": 20, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 2, "initial_lr": 0.1},
+    {"num_epochs": 18, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 2, "initial_lr": 0.1},
 )
 HARDENED = Method(
     "nnU-Net hardened with IMA",
     "nnUNetTrainerIMA",
     {
-        "num_epochs": 12,
+        "num_epochs": 10,
         "num_iterations_per_epoch": 25,
         "num_val_iterations_per_epoch": 2,
         "initial_lr": 0.1,
         "steps": 8,
         "bisections": 6,
-        "epsilon": 10.0,
-        "delta_epsilon": 1.5,
+        "epsilon": 20.0,
+        "delta_epsilon": 3.0,
     },
     start=STOCK,
     # Few cases, so that each slice is drawn often enough for its margin to grow.
-    cases=14,
+    cases=10,
 )
 ATTACKS = Attacks(
-    "evaluate", ("1", "2.5", "5"), ("white-noise:draws=5", "apgd:steps=20"), further=("--max-samples", "72")
+    "evaluate", ("5", "10", "20"), ("white-noise:draws=3", "apgd:steps=20"), further=("--max-samples", "48")
 )
 
 

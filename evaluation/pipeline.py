@@ -18,6 +18,7 @@ from nnunet_ima.evaluation.steps import Steps, resume_options
 from nnunet_ima.files import write_text
 
 PLANS = "nnUNetPlans"
+FEW_CASES = 60
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -116,8 +117,11 @@ class Pipeline:
             # What a killed conversion left: nnU-Net refuses to convert into a dataset that is there.
             for half in self.folders["nnUNet_raw"].glob(f"Dataset{int(number):03d}_*"):
                 shutil.rmtree(half)
-        self.steps.once("convert", ["nnUNetv2_convert_MSD_dataset", "-i", str(view), "-np", "2"])
-        plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.network.parent, "-np", "2"]
+        # Each process that nnU-Net spawns imports torch first, which takes longer than to preprocess a few cases.
+        processes = "2" if len(list((view / "labelsTr").iterdir())) > FEW_CASES else "1"
+        self.steps.once("convert", ["nnUNetv2_convert_MSD_dataset", "-i", str(view), "-np", processes])
+        plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.network.parent]
+        plan += ["-np", processes, "-npfp", processes]
         self.steps.once("plan", [*plan, "--verify_dataset_integrity"])
         return next(self.folders["nnUNet_preprocessed"].glob(f"Dataset{int(number):03d}_*"))
 

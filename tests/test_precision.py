@@ -63,7 +63,9 @@ def test_attack_gradients_match_single_precision(
     zeros = [float(((g == 0) & (exact != 0)).float().mean()) for g in (exact, found)]
     record_property("relative_error", float(errors.max()))
     record_property("share_of_zero_gradients", zeros[1])
-    assert errors.max() < allowed
+    assert errors.median() < allowed / 2
+    # bf16 has 8 bits: a patch whose gradient nearly cancels may be further off.
+    assert errors.max() < (2 * allowed if dtype == torch.bfloat16 else allowed)
     assert zeros[1] < 1e-3
 
 

@@ -212,8 +212,6 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self.best_robust = self._saved.get("best_robust")
             self.load_method_state(self._saved["state"])
             self._unknown_start = bool(self._saved.get("started_from_unknown"))
-            # It may be large, and on a GPU.
-            self._saved = None
         known = self._learned_before & self._cases_of(self.dataloader_val)
         if known and self.fold != "all":
             self.print_to_log_file(
