@@ -69,7 +69,7 @@ def test_attack_gradients_match_single_precision(
     assert zeros[1] < 1e-3
 
 
-# IMA's number of perturbed samples is random here, and so is when the last graph is compiled: the test needs fixed draws.
+# How many samples IMA perturbs is random here, and so is when the last graph is compiled: it needs fixed draws.
 @pytest.mark.parametrize("kind", [pytest.param(nnUNetTrainerIMA, marks=pytest.mark.pending), *METHODS[1:]])
 def test_few_graphs_are_compiled_however_many_samples_are_perturbed(project, results, start, kind, monkeypatch):
     """The attack runs on the bare network; the training pass meets batches of every size."""
