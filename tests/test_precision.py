@@ -25,6 +25,7 @@ from nnunet_ima.trainers.nnUNetTrainerSAT import nnUNetTrainerSAT
 from nnunet_ima.trainers.nnUNetTrainerTE import nnUNetTrainerTE
 from nnunet_ima.trainers.nnUNetTrainerTRADES import nnUNetTrainerTRADES
 
+LARGEST_ERROR = 0.01
 METHODS = (nnUNetTrainerIMA, nnUNetTrainerSAT, nnUNetTrainerTE, nnUNetTrainerTRADES)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine")
 
@@ -45,15 +46,16 @@ def gradients(trainer: Any, device: str, autocast: Any = None) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "allowed"),
+    ("device", "dtype"),
     [
-        ("cpu", torch.bfloat16, 0.1),
-        pytest.param("cuda", torch.float16, 0.01, marks=needs_gpu),
-        pytest.param("cuda", torch.bfloat16, 0.1, marks=needs_gpu),
+        # About 4 % off at the median on the CPU: pending, not excused.
+        pytest.param("cpu", torch.bfloat16, marks=pytest.mark.pending),
+        pytest.param("cuda", torch.float16, marks=needs_gpu),
+        pytest.param("cuda", torch.bfloat16, marks=needs_gpu),
     ],
 )
 def test_attack_gradients_match_single_precision(
-    project, results, configuration, start, record_property, device, dtype, allowed
+    project, results, configuration, start, record_property, device, dtype
 ):
     """Their direction is what an attack uses: relative error of the gradient, and no voxel lost to underflow."""
     trainer = started(project, nnUNetTrainerSAT, configuration, start)
@@ -63,9 +65,7 @@ def test_attack_gradients_match_single_precision(
     zeros = [float(((g == 0) & (exact != 0)).float().mean()) for g in (exact, found)]
     record_property("relative_error", float(errors.max()))
     record_property("share_of_zero_gradients", zeros[1])
-    assert errors.median() < allowed / 2
-    # bf16 has 8 bits: a patch whose gradient nearly cancels may be further off.
-    assert errors.max() < (2 * allowed if dtype == torch.bfloat16 else allowed)
+    assert errors.max() < LARGEST_ERROR
     assert zeros[1] < 1e-3
 
 
