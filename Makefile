@@ -33,10 +33,10 @@ types: $(VENV)/.ready
 	MYPYPATH=build/types $(BIN)/mypy benchmarks
 
 fast: $(VENV)/.ready
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 slow: $(VENV)/.ready
-	$(BIN)/pytest -m "slow and not pending"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not pending"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -44,11 +44,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Score:
-    """What became of it: TVDI in [0, 1], clean and attacked."""
+    """What became of it: TVDI in [0, 1], clean and attacked; and whether the weights know the cases."""
 
     point: Point
     clean: float
     robust: float
+    trained_on_these_cases: bool = False
 
     @property
     def geometric_mean(self) -> float:
@@ -110,7 +111,7 @@ class Grid:
             summary = read_json(file) if file.is_file() else {}
             if self._is_this(summary, point):
                 clean, robust = summary["clean"]["tvdi"], summary["results"][0]["tvdi"]
-                scores.append(Score(point, float(clean), float(robust)))
+                scores.append(Score(point, float(clean), float(robust), bool(summary["trained_on_these_cases"])))
         return scores
 
     def _is_this(self, summary: Mapping[str, Any], point: Point) -> bool:
@@ -131,6 +132,8 @@ class Grid:
             lines.append(f"| {score.point.epsilon:g} | {score.point.delta_epsilon:g} | {figures} | {mark} |")
         if len(scores) < len(self.points):
             lines += ["", f"{len(self.points) - len(scores)} of {len(self.points)} jobs are not finished."]
+        if any(score.trained_on_these_cases for score in scores):
+            lines += ["", "The weights learned from some of these very cases; the figures flatter them."]
         return "\n".join(lines) + "\n"
 
     @property

@@ -209,7 +209,12 @@ class Pipeline:
         return Steps(self.output / "logs", self._environment())
 
     def _environment(self) -> dict[str, str]:
+        # One core loads and augments; more than four gain nothing on networks as small as these.
+        threads = min(max((os.cpu_count() or 2) - 1, 1), 4)
         return {
+            "OMP_NUM_THREADS": str(threads),
+            # Threads that spin while they wait slow each other down tenfold as soon as a core is shared.
+            "OMP_WAIT_POLICY": "PASSIVE",
             **os.environ,
             **{name: str(folder) for name, folder in self.folders.items()},
             "nnUNet_extTrainer": str(trainers_folder()),
@@ -217,6 +222,4 @@ class Pipeline:
             "nnUNet_def_n_proc": "2",
             "nnUNet_compile": "0",
             "PYTHONUNBUFFERED": "1",
-            # Threads that spin while they wait slow each other down tenfold as soon as a core is shared.
-            "OMP_WAIT_POLICY": "PASSIVE",
         }

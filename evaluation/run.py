@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -210,7 +210,6 @@ class _Runner:
                 criterion=self.evaluation.criterion,
                 seed=self.evaluation.seed,
                 chunk=self.chunk,
-                autocast=self._autocast(),
             )
             result = attack(self.model.network, images, targets)
             perturbed, passes = result.images, result.forward_passes
@@ -246,13 +245,8 @@ class _Runner:
             for start in range(0, len(images), self.chunk):
                 part = images[start : start + self.chunk]
                 filled = torch.cat([part, part.new_zeros((self.chunk - len(part), *part.shape[1:]))])
-                parts.append(finite_logits(self.model.network, filled, self._autocast(), len(part))[: len(part)])
+                parts.append(finite_logits(self.model.network, filled, nullcontext, len(part))[: len(part)])
         return torch.cat(parts)
-
-    def _autocast(self) -> Callable[[], AbstractContextManager[object]]:
-        if self.evaluation.device.type == "cuda":
-            return lambda: torch.autocast("cuda", enabled=True)
-        return nullcontext
 
     def _example(
         self, i: int, score: SampleScore, images: Tensor, perturbed: Tensor, targets: Tensor, *logits: Tensor

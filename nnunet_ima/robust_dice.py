@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from nnunet_ima.attacks.oracle import finite_logits, undisturbed
 from nnunet_ima.attacks.pgd import PGD
 from nnunet_ima.dice import Confusion as Counts
 from nnunet_ima.dice import DiceCriterion, class_dice, confusion
+from nnunet_ima.precision import Autocast
 from nnunet_ima.threat import ThreatModel
 
 STEPS, STEP_SIZE = 10, 0.25
@@ -28,7 +28,6 @@ class RobustDice:
         threat: what PGD may do.
         criterion: how targets are read.
         batch_size: patches attacked at once.
-        autocast: makes the context in which the network runs.
     """
 
     images: Tensor
@@ -36,10 +35,13 @@ class RobustDice:
     threat: ThreatModel
     criterion: DiceCriterion
     batch_size: int
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def __call__(self, network: nn.Module) -> float:
+    def __call__(self, network: nn.Module, autocast: Autocast = nullcontext) -> float:
         """Dice over all voxels of the patches, mean of classes, as nnU-Net's pseudo Dice; NaN without foreground.
+
+        Args:
+            network: to be attacked.
+            autocast: makes the context in which it runs.
 
         Raises:
             UserError: the network's output is NaN or infinite.
@@ -53,11 +55,11 @@ class RobustDice:
                 steps=STEPS,
                 step_size=STEP_SIZE,
                 chunk=self.batch_size,
-                autocast=self.autocast,
+                autocast=autocast,
             )
             perturbed = attack(network, self.images[index], self.targets[index]).images
             with undisturbed(network), torch.no_grad():
-                logits = finite_logits(network, perturbed, self.autocast, len(perturbed))
+                logits = finite_logits(network, perturbed, autocast, len(perturbed))
             parts.append(confusion(logits, self.targets[index], self.criterion.labels))
         pooled = Counts(*(torch.cat(part).sum(0, keepdim=True) for part in zip(*parts, strict=True)))
         return float(class_dice(pooled).nanmean())

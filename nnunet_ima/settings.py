@@ -44,7 +44,7 @@ class Settings:
         te_start, te_end: between which shares of the training that weight grows.
         robust_every: epochs between measurements of the robust Dice (PGD-10 on fixed validation patches); 0 for none.
         robust_patches: how many patches that is measured on.
-        robust_epsilon: at which noise level; None for ε/3.
+        robust_epsilon: at which noise level; ε/3 if nothing is said, None without perturbation.
         snapshots: how many times IMA keeps the weights, at equal steps of the largest margin up to ε; 0 for never.
         num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length of the training; None for nnU-Net's.
         initial_lr: None for nnU-Net's.
@@ -261,7 +261,7 @@ def configure(
         defaults: of the method, where they differ from :class:`Settings`.
     """
     norm: Norm = overrides.get("norm", "l2")
-    computed = _from_paper(plan, norm)
+    computed: dict[str, float] = _from_paper(plan, norm)
     origin: Origin = "paper" if computed else "self-configured"
     epsilon = overrides.get("epsilon", computed.get("epsilon", default_epsilon(plan, norm)))
     computed.setdefault("epsilon", epsilon)
@@ -269,13 +269,18 @@ def configure(
     own_step = "epsilon" in overrides or "delta_epsilon" not in computed
     if own_step:
         computed["delta_epsilon"] = default_delta_epsilon(epsilon, expected_visits(plan, samples))
+    own = {"delta_epsilon"} if own_step else set()
+    if epsilon > 0:
+        # Where a model of this method still holds and a stock one does not: there the Dice tells most.
+        computed["robust_epsilon"] = max(_two_digits(epsilon / 3), math.ulp(0.0))
+        own.add("robust_epsilon")
 
     def origin_of(name: str) -> Origin:
         if name in overrides:
             return "user"
         if name not in computed:
             return "default"
-        return "self-configured" if name == "delta_epsilon" and own_step else origin
+        return "self-configured" if name in own else origin
 
     names = [field.name for field in fields(Settings) if reads is None or field.name in reads]
     settings = replace(Settings(), **{**(defaults or {}), **computed, **overrides})
@@ -308,6 +313,8 @@ def explain(configured: Configured, plan: Plan, samples: int) -> list[str]:
             f"of the visits if a step between epsilon/{_MOST_EXPANSIONS:g} and epsilon/{_FEWEST_EXPANSIONS:g} (the "
             f"paper's smallest and largest) allows."
         )
+    if origins.get("robust_epsilon") == "self-configured":
+        told.append(f"robust_epsilon {settings.robust_epsilon:g} = epsilon/3, for the robust Dice during training.")
     if "delta_epsilon" in origins and visits < 3 * _FEWEST_EXPANSIONS:
         told.append(
             "So few visits leave margins small: train longer, or on fewer cases, or start from a trained model."

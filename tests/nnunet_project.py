@@ -191,6 +191,7 @@ def make_trainer(
     configuration: str = "2d_tiny",
     fold: int | str = 0,
     resume: bool = False,
+    device: str = "cpu",
     **settings: Any,
 ) -> nnUNetTrainer:
     """A trainer as nnUNetv2_train makes it; ``settings`` go on top of those of the configuration."""
@@ -199,7 +200,7 @@ def make_trainer(
     plans["continue_training"] = resume
     dataset_json = read(project.preprocessed / "dataset.json")
     with quiet():
-        return trainer_class(plans, configuration, fold, dataset_json, torch.device("cpu"))
+        return trainer_class(plans, configuration, fold, dataset_json, torch.device(device))
 
 
 @contextlib.contextmanager

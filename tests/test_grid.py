@@ -39,6 +39,13 @@ def test_every_pair_is_there_once_and_no_step_is_above_its_epsilon(epsilons, del
     assert len(points) == len(expected)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_table_says_when_the_weights_know_the_cases(tmp_path, known):
+    points = [Point(5, 1), Point(5, 2)]
+    table = grid_of(points, tmp_path).report([Score(points[0], 0.5, 0.5), Score(points[1], 0.5, 0.5, known)])
+    assert ("learned from some of these very cases" in table) == known
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_values_must_be_above_zero_and_finite(bad):
     with pytest.raises(UserError):
@@ -95,11 +102,16 @@ def test_jobs_that_are_not_finished_are_counted(tmp_path):
     ],
 )
 def test_what_cannot_be_done_ends_with_a_sentence(project, tmp_path, capsys, arguments, said):
-    before = sorted(file.name for file in project.preprocessed.glob("*.json"))
+    def plans() -> list[str]:
+        # A look at what a training would use makes nnU-Net's splits, as the training would.
+        names = sorted(file.name for file in project.preprocessed.glob("*.json"))
+        return [name for name in names if name != "splits_final.json"]
+
+    before = plans()
     known = ["grid", "-d", "901", "-c", "2d_tiny", "-p", PLANS, "-device", "cpu", "-o", str(tmp_path)]
     assert main([*known, *arguments]) == 2
     assert said in capsys.readouterr().err
-    assert sorted(file.name for file in project.preprocessed.glob("*.json")) == before
+    assert plans() == before
 
 
 def test_results_of_another_attack_or_trainer_are_not_of_this_grid(project, tmp_path, monkeypatch):
@@ -110,9 +122,10 @@ def test_results_of_another_attack_or_trainer_are_not_of_this_grid(project, tmp_
     for point, level in zip(points, ("5", "10"), strict=True):
         (tmp_path / point.name).mkdir()
         command = shlex.join(replace(grid, level=level)._evaluation(point))
-        summary = {"command": command, "clean": {"tvdi": 0.8}, "results": [{"tvdi": 0.5}]}
+        figures = {"clean": {"tvdi": 0.8}, "results": [{"tvdi": 0.5}], "trained_on_these_cases": True}
+        summary = {"command": command, **figures}
         write(tmp_path / point.name / "summary.json", summary)
-    assert grid.collect() == [Score(points[0], 0.8, 0.5)]
+    assert grid.collect() == [Score(points[0], 0.8, 0.5, trained_on_these_cases=True)]
     assert replace(grid, trainer="nnUNetTrainerIMA_50epochs").collect() == []
 
 

@@ -125,8 +125,9 @@ def test_sat_is_pgd_and_the_loss_on_what_it_finds(project, results, configuratio
         objective = lambda p, i=i: slow_loss(trainer, p, one(targets, i))  # noqa: E731
         expected.append(slow_pgd(clean, point, EPSILON, SETTINGS["steps"], 4.0, objective))
     close(seen, torch.cat(expected))
-    outputs = trainer.network(torch.cat(expected))
-    assert loss == pytest.approx(float(trainer.loss(outputs, targets).detach()), abs=2e-3)
+    with torch.no_grad():
+        slow = float(trainer.loss(trainer.network(seen), targets))
+    assert loss == pytest.approx(slow, rel=1e-4, abs=1e-5)
     assert (seen - images).flatten(1).norm(dim=1).max() > 0.5 * EPSILON
     assert counts["forward_passes"] == len(images) * (SETTINGS["steps"] + 1)
 
@@ -148,10 +149,12 @@ def test_trades_climbs_the_divergence_and_adds_it_to_the_clean_loss(project, res
         objective = lambda p, fixed=fixed: slow_kl(trainer, fixed, p)  # noqa: E731
         point = pulled_back(clean + noise[i : i + 1], clean, EPSILON)
         expected.append(slow_pgd(clean, point, EPSILON, 4, 2.0, objective))
-        divergences.append(float(slow_kl(trainer, fixed, expected[-1]).detach()))
+        divergences.append(float(slow_kl(trainer, fixed, seen[i : i + 1]).detach()))
     close(seen, torch.cat(expected))
-    slow = float(trainer.loss(trainer.network(images), targets)) + 3.0 * float(np.mean(divergences))
-    assert loss == pytest.approx(slow, rel=5e-3)
+    # At the images that the step found: they agree only to a few roundings, and the two terms nearly cancel.
+    with torch.no_grad():
+        clean_loss = float(trainer.loss(trainer.network(images), targets))
+    assert loss == pytest.approx(clean_loss + 3.0 * float(np.mean(divergences)), rel=1e-4, abs=1e-4)
     assert min(divergences) > 0.01
     assert counts["forward_passes"] == len(images) * (4 + 2)
 
@@ -188,10 +191,11 @@ def test_te_is_sat_with_a_pull_to_the_average_of_clean_predictions(project, resu
         objective = lambda p, i=i, pull=pull: slow_loss(trainer, p, one(targets, i)) + pull(p)  # noqa: E731
         point = pulled_back(clean + noise[i : i + 1], clean, EPSILON)
         expected.append(slow_pgd(clean, point, EPSILON, SETTINGS["steps"], 4.0, objective))
-        pulls.append(float(pull(expected[-1]).detach()))
+        pulls.append(float(pull(seen[i : i + 1]).detach()))
     close(seen, torch.cat(expected))
-    slow = float(trainer.loss(trainer.network(torch.cat(expected)), targets)) + float(np.mean(pulls))
-    assert loss == pytest.approx(slow, rel=1e-2)
+    with torch.no_grad():
+        slow = float(trainer.loss(trainer.network(seen), targets)) + float(np.mean(pulls))
+    assert loss == pytest.approx(slow, rel=1e-4, abs=1e-4)
     assert np.mean(pulls) > 0.1
     assert counts["forward_passes"] == len(images) * (SETTINGS["steps"] + 2)
 
@@ -243,8 +247,10 @@ def test_ima_trains_on_half_clean_and_half_boundary_samples(project, results, co
                 point = pulled_back(point.detach() + 4 * margin / SETTINGS["steps"] * direction, clean, margin)
         mixed[i] = point[0].detach()
     close(seen[1], mixed[drawn])
-    slow = [float(trainer.loss(trainer.network(which), targets)) for which in (images, mixed)]
-    assert loss == pytest.approx(sum(slow) / 2, abs=2e-3)
+    mixed[drawn] = seen[1]
+    with torch.no_grad():
+        slow = [float(trainer.loss(trainer.network(which), targets)) for which in (images, mixed)]
+    assert loss == pytest.approx(sum(slow) / 2, rel=1e-4, abs=1e-5)
 
 
 # ---- where a method is stock training

@@ -18,6 +18,7 @@ from nnunet_ima.settings import (
     default_delta_epsilon,
     default_epsilon,
     expected_visits,
+    explain,
     validate,
 )
 
@@ -200,6 +201,23 @@ def test_a_users_step_leaves_the_papers_epsilon():
     chosen = configure({"delta_epsilon": 1.5}, paper_plan("Dataset004_Hippocampus"), 7419)
     assert (chosen.settings.epsilon, chosen.settings.delta_epsilon) == (15.0, 1.5)
     assert (chosen.origins["epsilon"], chosen.origins["delta_epsilon"]) == ("paper", "user")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "level", "origin"),
+    [
+        ({}, 5.0, "self-configured"),
+        ({"epsilon": 9}, 3.0, "self-configured"),
+        ({"robust_epsilon": 4.5}, 4.5, "user"),
+        ({"epsilon": 0}, None, "default"),
+    ],
+)
+def test_the_robust_dice_is_measured_at_a_third_of_epsilon_unless_the_user_says_otherwise(overrides, level, origin):
+    chosen = configure(overrides, paper_plan("Dataset004_Hippocampus"), 7419)
+    assert chosen.settings.robust_epsilon == level
+    assert chosen.origins["robust_epsilon"] == origin
+    told = " ".join(explain(chosen, paper_plan("Dataset004_Hippocampus"), 7419))
+    assert ("robust_epsilon" in told) == (origin == "self-configured")
 
 
 def test_the_description_has_a_line_for_each_setting_with_value_and_origin():

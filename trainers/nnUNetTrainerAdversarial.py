@@ -7,7 +7,7 @@ import math
 import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -29,11 +29,14 @@ from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.files import atomic_path, remove_leftovers, write_text
 from nnunet_ima.fixed_patches import fixed_patches
+from nnunet_ima.gradient_error import LARGEST_ERROR, gradient_error
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, SegmentationLoss, first
 from nnunet_ima.margins import SampleId
+from nnunet_ima.precision import Autocast, training_autocast
 from nnunet_ima.robust_dice import RobustDice
 from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Origin, Plan, Settings, configure, validate
+from nnunet_ima.threads import use_threads_as_told
 from nnunet_ima.threat import ThreatModel, freeze_channels, image_range
 from nnunet_ima.tile_loader import TileDataLoader
 from nnunet_ima.tiles import count_tiles
@@ -103,6 +106,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                 raise UserError(f"{type(self).__name__} is only the base of trainers; use -tr nnUNetTrainerIMA.")
             self.overrides = _read_overrides(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        use_threads_as_told(device)
         for name, value in {**self.lengths, **self.overrides}.items():
             if name in LENGTHS:
                 setattr(self, name, value)
@@ -120,6 +124,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         # Highest geometric mean of pseudo Dice and robust Dice so far.
         self.best_robust: float | None = None
         self._robust_dice: RobustDice | None = None
+        self._by_cpu: Any = None
+        self.attack_autocast: Autocast = nullcontext
         # Whether it started with -pretrained_weights, of which nnU-Net tells a trainer nothing.
         self._unknown_start = False
         # Cases that the weights learned from before this training.
@@ -205,13 +211,15 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self.sample_loss = SegmentationLoss(self.labels, getattr(self.loss, "weight_factors", None))
         self.generator = torch.Generator(self.device)
         self.generator.seed()
-        self._start_robust_dice()
+        self._fix_patches()
         self.start_method(samples)
         if self._saved is not None:
             self._learned_before = frozenset(self._saved.get("training_cases", ()))
             self.best_robust = self._saved.get("best_robust")
             self.load_method_state(self._saved["state"])
             self._unknown_start = bool(self._saved.get("started_from_unknown"))
+            # TE's averages are large: not to be held twice.
+            self._saved = self._resumed_from = None
         known = self._learned_before & self._cases_of(self.dataloader_val)
         if known and self.fold != "all":
             self.print_to_log_file(
@@ -273,26 +281,52 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             "training_cases": sorted(self._learned_before | self._cases_of(self.dataloader_train)),
         }
 
-    # ---- robust Dice
+    # ---- measured on fixed patches: precision, robust Dice
 
-    def _start_robust_dice(self) -> None:
+    def _fix_patches(self) -> None:
         settings = self.settings
-        if "robust_every" not in self.configured.origins or not settings.robust_every or not settings.epsilon:
+        self._patches: tuple[Tensor, Outputs] | None = None
+        # Without perturbation there is nothing to measure.
+        if "robust_every" not in self.configured.origins or not settings.epsilon:
             return
         loader = _loader(self.dataloader_val)
         images, targets = fixed_patches(loader, settings.robust_patches, self.label_manager.ignore_label)
         if not len(images):
             self.print_to_log_file("No validation case holds foreground, so no robust Dice is measured.")
             return
-        epsilon = settings.robust_epsilon or settings.epsilon / 3
-        images = images.to(self.device)
+        self._patches = images.to(self.device), self._on_device(targets)
+        if settings.robust_every:
+            self._start_robust_dice(*self._patches)
+
+    def _start_robust_dice(self, images: Tensor, targets: Outputs) -> None:
+        epsilon = self.settings.robust_epsilon
+        assert epsilon is not None
         self._robust_dice = RobustDice(
             images=images,
-            targets=first(targets).to(self.device),
+            targets=first(targets),
             threat=self.patch_threat(images, torch.full((len(images),), epsilon, device=self.device)),
             criterion=self.criterion,
             batch_size=self.batch_size,
-            autocast=self.autocast,
+        )
+
+    def on_train_epoch_start(self) -> None:
+        """Start as nnU-Net does, then choose the precision of the epoch's attacks."""
+        super().on_train_epoch_start()
+        with _exit_with_sentence():
+            self._choose_precision()
+
+    def _choose_precision(self) -> None:
+        """Attack in the training's own precision while its gradients are those of single precision to 1 %."""
+        mixed = training_autocast(self.device)
+        if mixed is nullcontext or self._patches is None:
+            return
+        images, targets = self._patches
+        error = gradient_error(self.bare_network, images, targets, self.sample_loss, mixed)
+        largest = max(self.from_all_ranks(error.relative))
+        self.attack_autocast = mixed if largest <= LARGEST_ERROR else nullcontext
+        self.print_to_log_file(
+            f"Attack gradients in mixed precision: off by {largest:.2%} at most, {error.zeros:.3%} of voxels lost; "
+            f"attacks run in {'mixed' if largest <= LARGEST_ERROR else 'single'} precision."
         )
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
@@ -307,7 +341,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         due = self.settings.robust_every and (self.current_epoch + 1) % self.settings.robust_every == 0
         if self._robust_dice is not None and (due or self.current_epoch == self.num_epochs - 1):
             try:
-                robust = self._robust_dice(self.bare_network)
+                robust = self._robust_dice(self.bare_network, self.attack_autocast)
             except UserError as error:
                 self.print_to_log_file(f"No robust Dice: {error}")
         self.logger.log("robust_dice", robust, self.current_epoch)
@@ -365,12 +399,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         images = batch["data"].to(self.device, non_blocking=True)
         with _exit_with_sentence():
             _check_finite(images, batch["keys"])
-        target = batch["target"]
-        targets: Outputs = (
-            [t.to(self.device, non_blocking=True) for t in target]
-            if isinstance(target, list)
-            else target.to(self.device, non_blocking=True)
-        )
+        targets = self._on_device(batch["target"])
         self.optimizer.zero_grad(set_to_none=True)
         with _exit_with_sentence():
             step = self.adversarial_step(Batch(images, targets, self.samples_of(batch), batch.get("coordinates")))
@@ -386,24 +415,22 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self.optimizer.step()
         return {"loss": step.loss.detach().cpu().numpy(), "counts": [dict(step.counts)]}
 
+    def _on_device(self, targets: Outputs) -> Outputs:
+        if isinstance(targets, Tensor):
+            return targets.to(self.device, non_blocking=True)
+        return [target.to(self.device, non_blocking=True) for target in targets]
+
     def forward(self, images: Tensor) -> Outputs:
         """A training pass, in nnU-Net's precision: (B, C, *spatial) to logits, a list with deep supervision."""
-        with self.autocast():
+        with training_autocast(self.device)():
             outputs: Outputs = self.network(images)
         return outputs
 
     def nnunet_loss(self, outputs: Outputs, targets: Outputs) -> Tensor:
         """nnU-Net's own training loss (a scalar, ``batch_dice`` as planned)."""
-        with self.autocast():
+        with training_autocast(self.device)():
             loss: Tensor = self.loss(outputs, targets)
         return loss
-
-    @property
-    def autocast(self) -> Callable[[], AbstractContextManager[object]]:
-        """Mixed precision where nnU-Net uses it: on CUDA."""
-        if self.device.type == "cuda":
-            return lambda: torch.autocast("cuda", enabled=True)
-        return nullcontext
 
     @property
     def bare_network(self) -> nn.Module:
@@ -431,8 +458,11 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         """What each rank holds, in their order; without DDP this one's alone."""
         if not self.is_ddp:
             return [value]
+        if self._by_cpu is None:
+            # nnU-Net's group sends by GPU, and would copy whatever is gathered into its memory first.
+            self._by_cpu = dist.new_group(backend="gloo")
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=self._by_cpu)
         return gathered
 
     # ---- checkpoints

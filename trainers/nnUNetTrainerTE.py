@@ -89,7 +89,7 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
         """Take the clean predictions into the averages, then read these: (B, K, *patch) and where there are any."""
         assert batch.coordinates is not None
         with undisturbed(self.bare_network), torch.no_grad():
-            logits = finite_logits(self.bare_network, batch.images, self.autocast, len(batch.images))
+            logits = finite_logits(self.bare_network, batch.images, self.attack_autocast, len(batch.images))
         predictions = probabilities_of(logits, self.labels.regions).cpu()
         read = []
         for (case, _), coordinates, prediction in zip(batch.samples, batch.coordinates, predictions, strict=True):

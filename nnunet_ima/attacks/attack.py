@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from nnunet_ima.attacks.oracle import BestSoFar, LossFunction, Oracle, undisturbed
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.losses import Outputs, SegmentationLoss, first
+from nnunet_ima.precision import Autocast
 from nnunet_ima.threat import ThreatModel
 
 
@@ -56,7 +56,7 @@ class Attack(ABC):
     loss: LossFunction | None = None
     seed: int = 0
     chunk: int | None = None
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    autocast: Autocast = nullcontext
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:

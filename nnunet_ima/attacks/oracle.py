@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.lp import per_sample
+from nnunet_ima.precision import Autocast
 
 LossFunction = Callable[[Outputs, Outputs], Tensor]
 
@@ -65,7 +66,7 @@ class Oracle:
         loss: LossFunction,
         criterion: DiceCriterion | None,
         chunk: int | None = None,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        autocast: Autocast = nullcontext,
         best: BestSoFar | None = None,
     ) -> None:
         self._network = network
@@ -132,9 +133,7 @@ class Oracle:
             raise UserError("the network cannot be attacked: its loss has a gradient that is NaN or infinite.")
         return Ascent(*(torch.where(per_sample(bad, old), new, old) for old, new in zip(answer, again, strict=True)))
 
-    def _differentiate(
-        self, images: Tensor, targets: Outputs, autocast: Callable[[], AbstractContextManager[object]]
-    ) -> Ascent:
+    def _differentiate(self, images: Tensor, targets: Outputs, autocast: Autocast) -> Ascent:
         with torch.enable_grad():
             images = images.detach().requires_grad_(True)
             with autocast():
@@ -151,9 +150,7 @@ class Oracle:
         return self._criterion.dice(logits, first(targets)).float()
 
 
-def finite_logits(
-    network: nn.Module, images: Tensor, autocast: Callable[[], AbstractContextManager[object]], real: int
-) -> Tensor:
+def finite_logits(network: nn.Module, images: Tensor, autocast: Autocast, real: int) -> Tensor:
     """Full-resolution logits of ``images``, without NaN or infinity in the first ``real`` of them.
 
     A sample for which half precision overflows is computed again without it: NaN logits would read as class 0, and so
