@@ -148,7 +148,6 @@ def test_the_grids_plans_follow_the_users(project, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 def test_two_parts_do_the_whole_grid_with_the_real_commands_and_only_once(project, tmp_path):
     known = ["nnunet_ima", "grid", "-d", project.number, "-c", "2d_tiny", "-p", PLANS, "-tr", "nnUNetTrainerIMA",
              "--epsilon", "3", "6", "--delta-epsilon", "1", "--level", "2", "--attack", "pgd:steps=2",
