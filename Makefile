@@ -6,6 +6,9 @@ DEMO ?= demo
 # Threads that spin while they wait slow each other down tenfold as soon as a core is shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# A file of tests stays with one process, so that what it trains is trained once; each process on a core of its own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 .PHONY: demo test lint types fast slow clean
 
 $(VENV)/.ready: setup.cfg constraints.txt
@@ -33,10 +36,10 @@ types: $(VENV)/.ready
 	MYPYPATH=build/types $(BIN)/mypy benchmarks
 
 fast: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	$(PYTEST)
 
 slow: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not pending"
+	$(PYTEST) -m "slow and not pending"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

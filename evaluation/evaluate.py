@@ -21,6 +21,7 @@ from nnunet_ima.evaluation.protocols import Protocol, ProtocolName, parse_level
 from nnunet_ima.evaluation.run import Evaluation
 from nnunet_ima.evaluation.summary import summarise, write_all
 from nnunet_ima.lp import Norm
+from nnunet_ima.threads import use_threads_as_told
 
 DEFAULT_LEVELS: dict[Norm, tuple[str, ...]] = {"l2": ("5", "15", "25"), "linf": ("2/255", "4/255", "8/255")}
 
@@ -156,6 +157,7 @@ def _refuse_other_results(folder: Path, command: str) -> None:
 
 
 def _use_all_cores(device: torch.device) -> None:
-    """As nnUNetv2_train does on a CPU."""
+    """As nnUNetv2_train does on a CPU; OMP_NUM_THREADS goes before."""
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
+        use_threads_as_told(device)
