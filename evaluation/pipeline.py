@@ -33,6 +33,7 @@ class Method:
         start: the method whose whole network it starts from, None for random weights.
         cases: train on this many of fold 0's training cases only, so that each sample is visited more often; None for
             all. The validation cases stay the same.
+        variant: tells methods with the same trainer, start and cases apart in the names of folders.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Method:
     settings: Mapping[str, Any]
     start: Method | None = None
     cases: int | None = None
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,11 @@ class Pipeline:
 
     def key(self, method: Method) -> str:
         """Short name of a method, for files."""
-        own = method.trainer.removeprefix("nnUNetTrainer") + (f"_{method.cases}cases" if method.cases else "")
+        own = (
+            method.trainer.removeprefix("nnUNetTrainer")
+            + method.variant
+            + (f"_{method.cases}cases" if method.cases else "")
+        )
         return own if method.start is None else f"{own}_from_{self.key(method.start)}"
 
     @property

@@ -122,7 +122,7 @@ class PredictionAverages:
         return {case: {"sums": a.sums, "weights": a.weights} for case, a in self._averages.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what :meth:`state_dict` gave.
+        """Restore what :meth:`state_dict` gave; its tensors are taken over, as two copies may not fit into memory.
 
         Raises:
             UserError: it belongs to other cases, or other preprocessing.
@@ -136,7 +136,7 @@ class PredictionAverages:
                     f"training, for instance with -pretrained_weights."
                 )
             # nnU-Net reads a checkpoint onto the training's device; the averages stay on the CPU.
-            sums, weights = (stored[kind].cpu().clone() for kind in ("sums", "weights"))
+            sums, weights = (stored[kind].cpu() for kind in ("sums", "weights"))
             averages[case] = _Average(sums, weights, torch.zeros(shape, dtype=torch.bool))
         self._averages = averages
 

@@ -218,8 +218,6 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self.best_robust = self._saved.get("best_robust")
             self.load_method_state(self._saved["state"])
             self._unknown_start = bool(self._saved.get("started_from_unknown"))
-            # TE's averages are large: not to be held twice.
-            self._saved = self._resumed_from = None
         known = self._learned_before & self._cases_of(self.dataloader_val)
         if known and self.fold != "all":
             self.print_to_log_file(
