@@ -80,7 +80,11 @@ def main() -> None:
     passes = {method.title: passes_per_sample(pipeline.fold_folder(dataset, method)) for method in METHODS}
     result = {
         "command": "python " + shlex.join(["benchmarks/hippocampus_small.py", "--data", "Task04_Hippocampus"]),
-        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": options.device},
+        "hardware": {
+            "machine": platform.machine(),
+            "threads": int(pipeline.steps.environment["OMP_NUM_THREADS"]),
+            "device": options.device,
+        },
         "settings": {method.title: dict(method.settings) for method in METHODS},
         "training_passes_per_sample_last_epoch": passes,
         "evaluations": {

@@ -50,6 +50,7 @@ class Score:
     clean: float
     robust: float
     trained_on_these_cases: bool = False
+    started_from_unknown: bool = False
 
     @property
     def geometric_mean(self) -> float:
@@ -111,7 +112,8 @@ class Grid:
             summary = read_json(file) if file.is_file() else {}
             if self._is_this(summary, point):
                 clean, robust = summary["clean"]["tvdi"], summary["results"][0]["tvdi"]
-                scores.append(Score(point, float(clean), float(robust), bool(summary["trained_on_these_cases"])))
+                notes = (summary["trained_on_these_cases"], summary["started_from_unknown_weights"])
+                scores.append(Score(point, float(clean), float(robust), *map(bool, notes)))
         return scores
 
     def _is_this(self, summary: Mapping[str, Any], point: Point) -> bool:
@@ -133,7 +135,9 @@ class Grid:
         if len(scores) < len(self.points):
             lines += ["", f"{len(self.points) - len(scores)} of {len(self.points)} jobs are not finished."]
         if any(score.trained_on_these_cases for score in scores):
-            lines += ["", "The weights learned from some of these very cases; the figures flatter them."]
+            lines += ["", "The weights of some jobs learned from some of these very cases; the figures flatter them."]
+        elif any(score.started_from_unknown for score in scores):
+            lines += ["", "Trainings started from other weights; whether those learned from these cases is not known."]
         return "\n".join(lines) + "\n"
 
     @property

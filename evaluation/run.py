@@ -22,6 +22,7 @@ from nnunet_ima.evaluation.cases import Case, Place, Sample, ValidationCases
 from nnunet_ima.evaluation.metrics import Array, CaseScore
 from nnunet_ima.evaluation.models import TrainedModel
 from nnunet_ima.evaluation.protocols import Level, Protocol
+from nnunet_ima.precision import use_exact_convolutions
 from nnunet_ima.threat import ThreatModel
 
 # The network always runs on chunks of this many voxels and samples, whatever --batch-size: see Oracle.
@@ -171,10 +172,12 @@ class _Runner:
         # nnU-Net's predictor lets cuDNN choose kernels by timing them; a result must not depend on that.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+        use_exact_convolutions()
         self.clean_dice: dict[Sample, float] = {}
         voxels, device = int(np.prod(self.model.configuration.patch_size)), evaluation.device.type
-        # What fitted into memory in training fits here, too.
-        most = min(LARGEST_CHUNK[device], self.model.configuration.batch_size)
+        # Half of what fitted into memory in training, in mixed precision, fits here in single precision.
+        fits = self.model.configuration.batch_size // 2 if device == "cuda" else self.model.configuration.batch_size
+        most = max(1, min(LARGEST_CHUNK[device], fits))
         self.chunk = int(np.clip(CHUNK_VOXELS[device] // voxels, 1, most))
 
     def condition(self, choice: AttackChoice | None, level: Level | None, bar: tqdm[None]) -> Outcome:

@@ -32,6 +32,8 @@ def gradient_error(
 ) -> GradientError:
     """Measure it; a gradient that overflowed counts as it is used, computed again in single precision.
 
+    One sample at a time: a GPU whose memory a training fills has no room for more in single precision.
+
     Args:
         network: takes images (B, C, *spatial), returns logits or a list of them; it is left as it was found.
         images: (B, C, *spatial), at least one.
@@ -44,8 +46,9 @@ def gradient_error(
     """
     index = torch.arange(first(targets).shape[0], device=images.device)
     with undisturbed(network):
-        exact = Oracle(network, targets, loss, None).ascent(images, index).gradient.float()
-        found = Oracle(network, targets, loss, None, autocast=autocast).ascent(images, index).gradient.float()
+        exact = Oracle(network, targets, loss, None, chunk=1).ascent(images, index).gradient.float()
+        mixed = Oracle(network, targets, loss, None, chunk=1, autocast=autocast)
+        found = mixed.ascent(images, index).gradient.float()
     norms = exact.flatten(1).norm(dim=1)
     # Where the loss is flat there is no direction to be wrong about.
     errors = torch.where(norms > 0, (found - exact).flatten(1).norm(dim=1) / norms, torch.zeros_like(norms))

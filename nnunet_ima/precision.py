@@ -1,4 +1,4 @@
-"""Mixed precision: where nnU-Net's training uses it."""
+"""Mixed precision: where nnU-Net's training uses it; and what single precision means."""
 
 from __future__ import annotations
 
@@ -16,3 +16,12 @@ def training_autocast(device: torch.device) -> Autocast:
     if device.type == "cuda":
         return lambda: torch.autocast("cuda", enabled=True)
     return nullcontext
+
+
+def use_exact_convolutions() -> None:
+    """Make single precision single on GPUs, too.
+
+    There PyTorch lets convolutions round their inputs to TF32, which has no more bits than fp16. It changes nothing for
+    passes in mixed precision.
+    """
+    torch.backends.cudnn.allow_tf32 = False

@@ -114,9 +114,11 @@ def test_a_state_that_is_saved_and_loaded_is_the_same(seed):
     for prediction in predictions(seed, 2):
         averages.update("a", whole(), prediction)
     again = PredictionAverages(0.9, {"a": SHAPE}, 2)
-    again.load_state_dict(averages.state_dict())
+    # As from a checkpoint; what is loaded is taken over, not copied.
+    state = copy.deepcopy(averages.state_dict())
+    again.load_state_dict(state)
     assert torch.equal(again.read("a", whole())[0], averages.read("a", whole())[0])
-    # A copy: going on with one leaves the other alone.
+    assert again.state_dict()["a"]["sums"].data_ptr() == state["a"]["sums"].data_ptr()
     again.update("a", whole(), predictions(seed + 5, 1)[0])
     assert not torch.equal(again.read("a", whole())[0], averages.read("a", whole())[0])
 

@@ -44,6 +44,8 @@ def test_the_table_says_when_the_weights_know_the_cases(tmp_path, known):
     points = [Point(5, 1), Point(5, 2)]
     table = grid_of(points, tmp_path).report([Score(points[0], 0.5, 0.5), Score(points[1], 0.5, 0.5, known)])
     assert ("learned from some of these very cases" in table) == known
+    unknown = grid_of(points, tmp_path).report([Score(points[0], 0.5, 0.5, known, True)])
+    assert ("is not known" in unknown) == (not known)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
@@ -123,6 +125,7 @@ def test_results_of_another_attack_or_trainer_are_not_of_this_grid(project, tmp_
         (tmp_path / point.name).mkdir()
         command = shlex.join(replace(grid, level=level)._evaluation(point))
         figures = {"clean": {"tvdi": 0.8}, "results": [{"tvdi": 0.5}], "trained_on_these_cases": True}
+        figures["started_from_unknown_weights"] = False
         summary = {"command": command, **figures}
         write(tmp_path / point.name / "summary.json", summary)
     assert grid.collect() == [Score(points[0], 0.8, 0.5, trained_on_these_cases=True)]

@@ -33,7 +33,7 @@ from nnunet_ima.gradient_error import LARGEST_ERROR, gradient_error
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, SegmentationLoss, first
 from nnunet_ima.margins import SampleId
-from nnunet_ima.precision import Autocast, training_autocast
+from nnunet_ima.precision import Autocast, training_autocast, use_exact_convolutions
 from nnunet_ima.robust_dice import RobustDice
 from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Origin, Plan, Settings, configure, validate
 from nnunet_ima.threads import use_threads_as_told
@@ -90,6 +90,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     reads: ClassVar[Collection[str]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
     loader_class: ClassVar[type[TileDataLoader]] = TileDataLoader
+    # Whether the inner attack can do with fp16 at all.
+    attacks_in_mixed_precision: ClassVar[bool] = True
     # What a variant changes about nnU-Net's length and learning rate; the user's settings go before it.
     lengths: ClassVar[Mapping[str, Any]] = {}
 
@@ -158,6 +160,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             if self._resumed_from is None:
                 self._begin_anew()
             super().on_train_start()
+            use_exact_convolutions()
             self._configure()
 
     def _begin_anew(self) -> None:
@@ -284,13 +287,16 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     def _fix_patches(self) -> None:
         settings = self.settings
         self._patches: tuple[Tensor, Outputs] | None = None
+        wanted = settings.robust_every or training_autocast(self.device) is not nullcontext
         # Without perturbation there is nothing to measure.
-        if "robust_every" not in self.configured.origins or not settings.epsilon:
+        if "robust_every" not in self.configured.origins or not settings.epsilon or not wanted:
             return
         loader = _loader(self.dataloader_val)
         images, targets = fixed_patches(loader, settings.robust_patches, self.label_manager.ignore_label)
         if not len(images):
-            self.print_to_log_file("No validation case holds foreground, so no robust Dice is measured.")
+            self.print_to_log_file(
+                "No validation case holds foreground, so there is no robust Dice, and attacks run in single precision."
+            )
             return
         self._patches = images.to(self.device), self._on_device(targets)
         if settings.robust_every:
@@ -304,7 +310,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             targets=first(targets),
             threat=self.patch_threat(images, torch.full((len(images),), epsilon, device=self.device)),
             criterion=self.criterion,
-            batch_size=self.batch_size,
+            # On a GPU it may have to run in single precision, which takes twice the memory.
+            batch_size=max(1, self.batch_size if self.device.type == "cpu" else self.batch_size // 2),
         )
 
     def on_train_epoch_start(self) -> None:
@@ -314,18 +321,30 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self._choose_precision()
 
     def _choose_precision(self) -> None:
-        """Attack in the training's own precision while its gradients are those of single precision to 1 %."""
+        """Attack in the training's own precision while its gradients are those of single precision to 1 %.
+
+        That is measured with the loss of nnU-Net on clean validation patches.
+        """
         mixed = training_autocast(self.device)
-        if mixed is nullcontext or self._patches is None:
+        if mixed is nullcontext or self._patches is None or not self.attacks_in_mixed_precision:
             return
         images, targets = self._patches
         error = gradient_error(self.bare_network, images, targets, self.sample_loss, mixed)
         largest = max(self.from_all_ranks(error.relative))
         self.attack_autocast = mixed if largest <= LARGEST_ERROR else nullcontext
         self.print_to_log_file(
-            f"Attack gradients in mixed precision: off by {largest:.2%} at most, {error.zeros:.3%} of voxels lost; "
+            f"Attack gradients in mixed precision: off by {largest:.3%} at most, {error.zeros:.3%} of voxels lost; "
             f"attacks run in {'mixed' if largest <= LARGEST_ERROR else 'single'} precision."
         )
+
+    @property
+    def attack_chunk(self) -> int | None:
+        """Samples that an attack pass takes at once; None for all.
+
+        In single precision under a training in mixed precision half of them: they take twice the memory.
+        """
+        single = self.attack_autocast is nullcontext and training_autocast(self.device) is not nullcontext
+        return max(1, self.batch_size // 2) if single else None
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Log as nnU-Net does, then the robust Dice, and keep the best checkpoint by the paper's criterion.

@@ -120,7 +120,14 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
             return images, torch.zeros(0, dtype=torch.bool, device=images.device), 0
         settings = self.settings
         with undisturbed(self.bare_network):
-            oracle = Oracle(self.bare_network, targets, self.sample_loss, self.criterion, autocast=self.attack_autocast)
+            oracle = Oracle(
+                self.bare_network,
+                targets,
+                self.sample_loss,
+                self.criterion,
+                chunk=self.attack_chunk,
+                autocast=self.attack_autocast,
+            )
             found = generate_adversarial(
                 oracle,
                 self.criterion,

@@ -48,7 +48,9 @@ class nnUNetTrainerSAT(nnUNetTrainerAdversarial):
         if self.settings.epsilon == 0:
             return images, 0
         with undisturbed(self.bare_network):
-            oracle = Oracle(self.bare_network, reference, loss, None, autocast=self.attack_autocast)
+            oracle = Oracle(
+                self.bare_network, reference, loss, None, chunk=self.attack_chunk, autocast=self.attack_autocast
+            )
             step_size = self.settings.step_factor / self.settings.steps
             perturbed = climb(oracle, threat, images, self.start(images, threat), self.settings.steps, step_size)
         return perturbed, int(oracle.forward_passes.sum())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from nnunet_ima.attacks.oracle import undisturbed
 from nnunet_ima.divergence import Divergence
 from nnunet_ima.losses import Outputs
 from nnunet_ima.lp import draw_normal
+from nnunet_ima.precision import training_autocast
 from nnunet_ima.settings import PERTURBATION
 from nnunet_ima.threat import ThreatModel
 from nnunet_ima.trainers.nnUNetTrainerAdversarial import Batch, Step
@@ -31,6 +34,8 @@ class nnUNetTrainerTRADES(nnUNetTrainerSAT):
     reads: ClassVar[Collection[str]] = (*PERTURBATION, "trades_beta")
     # Ten steps of 2ε/10.
     defaults: ClassVar[Mapping[str, Any]] = {"steps": 10, "step_factor": 2.0}
+    # The ascent starts 0.001 from the clean image, which is less than fp16 resolves.
+    attacks_in_mixed_precision: ClassVar[bool] = False
     panels: ClassVar[Sequence[Panel]] = (
         Panel("loss", {"clean_losses": "clean", "divergences": "KL(clean ‖ perturbed)"}),
         Panel("share of samples", {"correct_share": "correct though perturbed"}),
@@ -43,13 +48,24 @@ class nnUNetTrainerTRADES(nnUNetTrainerSAT):
         outputs = self.forward(batch.images)
         clean_loss = self.nnunet_loss(outputs, batch.targets)
         # In the ascent the clean prediction stands still; in the loss both learn.
-        fixed = divergence.reference(_detached(outputs), batch.targets)
-        perturbed, passes = self.perturb(batch, fixed, divergence)
+        fixed, extra = self._fixed(outputs, batch.images)
+        perturbed, passes = self.perturb(batch, divergence.reference(fixed, batch.targets), divergence)
         again = self.forward(perturbed)
         kl = divergence(again, divergence.reference(outputs, batch.targets)).mean()
-        passes += len(batch.images) + len(perturbed)
+        passes += extra + len(batch.images) + len(perturbed)
         counts = self.counts(again, batch.targets, passes, clean_losses=clean_loss, divergences=kl)
         return Step(clean_loss + self.settings.trades_beta * kl, counts)
+
+    def _fixed(self, outputs: Outputs, images: Tensor) -> tuple[Outputs, int]:
+        """The clean prediction as the ascent sees it, and passes spent.
+
+        Predictions 0.001 apart can be compared only if both are in the precision of the attack.
+        """
+        if training_autocast(self.device) is nullcontext:
+            return _detached(outputs), 0
+        with undisturbed(self.bare_network), torch.no_grad():
+            predicted: Outputs = self.bare_network(images)
+        return predicted, len(images)
 
     def start(self, images: Tensor, threat: ThreatModel) -> Tensor:
         """Line 5: the clean image and a little noise, without which the divergence has no gradient."""
