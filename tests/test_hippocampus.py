@@ -15,11 +15,14 @@ TASK = Path(__file__).parents[2] / "shared" / "data" / "Task04_Hippocampus"
 CASES = 15
 
 LENGTH = {"num_epochs": 3, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 2, "save_every": 1}
-STOCK = Method("stock", "nnUNetTrainerSTD", {**LENGTH, "initial_lr": 0.1})
+# From random weights: 60 steps were enough twice, and once not to find anything at all.
+STOCK = Method(
+    "stock", "nnUNetTrainerSTD", {**LENGTH, "num_epochs": 6, "num_iterations_per_epoch": 60, "initial_lr": 0.1}
+)
 HARDENED = Method(
     "hardened",
     "nnUNetTrainerIMA",
-    # A Dice of 0.6 is out of reach in 60 steps; what counts as correct must be met for margins to move.
+    # A Dice of 0.6 may be out of reach of so small a network; what counts as correct must be met for margins to move.
     {**LENGTH, "initial_lr": 0.05, "steps": 4, "bisections": 4, "delta_epsilon": 3, "dice_threshold": 0.05},
     start=STOCK,
 )
@@ -70,6 +73,7 @@ def test_stock_and_hardened_model_from_scans_to_page(few_cases: Path, tmp_path: 
         summary = json.loads((run.folder / "summary.json").read_text())
         assert all(item["passed"] for item in summary["trust"]), summary["trust"]
         assert summary["clean"]["n_samples"] == 40
+        assert summary["clean"]["tvdi"] > 0.2
         assert {result["level"] for result in summary["results"]} == {"5", "10"}
         for result in summary["results"]:
             assert result["tvdi"] <= summary["clean"]["tvdi"] + 0.02
