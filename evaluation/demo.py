@@ -26,7 +26,7 @@ HARDENED = Method(
     "nnUNetTrainerIMA",
     {
         "num_epochs": 10,
-        "num_iterations_per_epoch": 55,
+        "num_iterations_per_epoch": 36,
         "num_val_iterations_per_epoch": 2,
         "initial_lr": 0.1,
         # Few, but then more steps of training fit into the time.
