@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def mixed_precision(request, monkeypatch) -> Iterator[tuple[str, torch.dtype]]:
     before = torch.get_autocast_dtype("cuda")
     torch.set_autocast_dtype("cuda", dtype)
     if device == "cpu":
-        mixed = lambda: torch.autocast("cpu", dtype=dtype)  # noqa: E731
+        mixed = partial(torch.autocast, "cpu", dtype=dtype)
         for name in ("Adversarial", "TRADES"):
             monkeypatch.setattr(f"nnunet_ima.trainers.nnUNetTrainer{name}.training_autocast", lambda _: mixed)
     yield device, dtype
@@ -82,8 +83,7 @@ def test_attack_gradients_are_those_of_single_precision(project, results, config
         trainer.on_train_epoch_start()
     trainer.network.eval()
     error, lost = slow_errors(trainer)
-    # Two measurements of one rounding error, in batches of another size.
-    assert error < 1.2 * LARGEST_ERROR
+    assert error < LARGEST_ERROR
     assert lost < 1e-3
     (log,) = Path(trainer.output_folder).glob("training_log_*.txt")
     measured = re.search(
@@ -91,7 +91,7 @@ def test_attack_gradients_are_those_of_single_precision(project, results, config
     )
     assert measured is not None
     images, targets = trainer._patches
-    mixed = lambda: torch.autocast(device, dtype=dtype)  # noqa: E731
+    mixed = partial(torch.autocast, device, dtype=dtype)
     found = gradient_error(trainer.network, images, targets, trainer.sample_loss, mixed)
     assert float(measured[1]) == pytest.approx(100 * found.relative, rel=0.05, abs=1e-3)
     assert float(measured[2]) == pytest.approx(100 * found.zeros, rel=0.05, abs=1e-3)
@@ -106,7 +106,7 @@ def test_attack_gradients_are_those_of_single_precision(project, results, config
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 4), st.just(0.0) | st.floats(1e-3, 0.5), st.integers(0, 2**31), st.integers(0, 16))
+@given(st.integers(1, 4), st.floats(0, 0.5), st.integers(0, 2**31), st.integers(0, 16))
 def test_the_gradient_error_is_that_of_the_worst_sample(samples, noise, seed, lost):
     """Against a network whose gradients are known in closed form."""
     generator = torch.Generator().manual_seed(seed)
@@ -133,8 +133,10 @@ def test_the_gradient_error_is_that_of_the_worst_sample(samples, noise, seed, lo
     found = gradient_error(
         Linear(), torch.zeros_like(weights), torch.zeros_like(weights), lambda o, _: o.flatten(1).sum(1), autocast
     )
+    # Gradients are compared as what they are kept in, single precision.
+    wrong, weights = wrong.float(), weights.float()
     errors = (wrong - weights).flatten(1).norm(dim=1) / weights.flatten(1).norm(dim=1)
-    assert found.relative == pytest.approx(float(errors.max()), rel=1e-3, abs=1e-7)
+    assert found.relative == pytest.approx(float(errors.max()), rel=1e-5, abs=1e-12)
     assert found.zeros == pytest.approx(lost / 16)
 
 
