@@ -1,7 +1,8 @@
 """All methods on the Decathlon's hippocampus: the table of ``docs/methods.md``.
 
 Goes on in the folder of ``hippocampus_small.py``: from its stock model, 600 steps of each method on the same 24 cases,
-then APGD and white noise on validation slices (``sound``, L2). An hour on two free cores.
+then APGD and white noise on validation slices (``sound``, L2). And IMA from random weights, as many steps in all as the
+stock model and its hardening on all cases took. Two hours on two free cores.
 
     python benchmarks/hippocampus_methods.py --data <Task04_Hippocampus> [-o work] [-device cpu]
 """
@@ -16,20 +17,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hippocampus_small import EVALUATIONS, HARDENING, IMA, NETWORK, RESULTS, STD, STD_LONGER, passes_per_sample, table
+from hippocampus_small import (
+    ATTACKED,
+    EVALUATIONS,
+    HARDENING,
+    IMA,
+    IMA_ALL,
+    NETWORK,
+    RESULTS,
+    STD,
+    STD_LONGER,
+    passes_per_sample,
+    table,
+)
 
 from nnunet_ima.evaluation.pipeline import Method, Pipeline
 from nnunet_ima.files import write_text
 
 # SAT and TE perturb every sample by all of ε; at the paper's 15 so small a network learns nothing in so few steps,
-# as one row shows. Five steps of 4ε/5 (TRADES: 2ε/5)
-# reach across a ball of 5.
+# as one row shows. Five steps of 4ε/5 (TRADES: 2ε/5) reach across a ball of 5.
 AT_5: dict[str, Any] = {**HARDENING, "epsilon": 5.0, "steps": 5}
 SAT_15 = Method("SAT, ε 15", "nnUNetTrainerSAT", {**HARDENING, "steps": 10, "epsilon": 15.0}, start=STD, cases=24)
 SAT = Method("SAT, ε 5", "nnUNetTrainerSAT", AT_5, start=STD, cases=24, variant="5")
 TE = Method("TE, ε 5", "nnUNetTrainerTE", AT_5, start=STD, cases=24, variant="5")
 TRADES = Method("TRADES, ε 5", "nnUNetTrainerTRADES", AT_5, start=STD, cases=24, variant="5")
-METHODS = (STD_LONGER, IMA, SAT, TE, TRADES, SAT_15)
+IMA_SCRATCH = Method("IMA, 208 cases, from random weights", "nnUNetTrainerIMA", {**ATTACKED, "num_epochs": 22})
+METHODS = (STD_LONGER, IMA, SAT, TE, TRADES, SAT_15, IMA_ALL, IMA_SCRATCH)
 
 
 def main() -> None:

@@ -54,11 +54,11 @@ class APGD(Attack):
         marks = checkpoints(self.steps)
         since_mark = {mark: mark - earlier for earlier, mark in pairwise(marks)}
         for step in range(self.steps):
-            answer = oracle.ascent(state.point, state.index)
+            answer = oracle.ascent(state.point, state.index, progress=step / self.steps)
             state.record(answer.loss, answer.gradient, raised_counts=step > 0)
             if step in since_mark:
                 state.halve_where_stuck(since_mark[step])
-            state.leave(best.dice[state.index] > 0)
+            state.leave(self.unfinished(best.dice[state.index]))
             if not len(state.index):
                 return
             state.move(first_step=step == 0)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_ima.attacks.oracle import BestSoFar, LossFunction, Oracle, undisturbed
+from nnunet_ima.attack_losses import LOSSES, LossFunction
+from nnunet_ima.attacks.oracle import BestSoFar, Oracle, undisturbed
 from nnunet_ima.dice import DiceCriterion
-from nnunet_ima.losses import Outputs, SegmentationLoss, first
+from nnunet_ima.losses import Outputs, first
 from nnunet_ima.precision import Autocast
 from nnunet_ima.threat import ThreatModel
+
+Mode = Literal["dice", "threshold"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class AttackResult:
         dice: their Dice (B,); never above that of the unperturbed (but clamped) image.
         clean_dice: Dice (B,) of the unperturbed image, clamped to the range.
         forward_passes, backward_passes: how often the network ran for each sample, (B,) of int64.
+        queries: (B,), the images of each sample that the network was asked about: its forward passes.
     """
 
     images: Tensor
@@ -34,6 +40,11 @@ class AttackResult:
     clean_dice: Tensor
     forward_passes: Tensor
     backward_passes: Tensor
+
+    @property
+    def queries(self) -> Tensor:
+        """See above."""
+        return self.forward_passes
 
 
 @dataclass(frozen=True)
@@ -43,17 +54,24 @@ class Attack(ABC):
     Attributes:
         threat: what the attacker may do.
         criterion: how targets are read and Dice is computed.
-        loss: what is ascended, one value a sample; None for nnU-Net's Dice + cross entropy.
+        loss: what is ascended, one value a sample, or its name in :data:`~nnunet_ima.attack_losses.LOSSES`; None for
+            what the attack is defined with, or else nnU-Net's Dice + cross entropy.
+        mode: ``dice`` goes for the lowest Dice, and is done with a sample at 0. ``threshold`` is content when a sample
+            is no longer correct, as AutoAttack is in classification.
         seed: of the random numbers; a sample's depend on this and on its image alone.
         chunk: images per pass through the network, see :class:`~nnunet_ima.attacks.oracle.Oracle`.
         autocast: makes the context in which the network runs (mixed precision).
     """
 
     name: ClassVar[str]
+    default_loss: ClassVar[str] = "dice-ce"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Settings that are words, and what they may be."""
 
     threat: ThreatModel
     criterion: DiceCriterion = field(default_factory=DiceCriterion)
-    loss: LossFunction | None = None
+    loss: LossFunction | str | None = None
+    mode: Mode = "dice"
     seed: int = 0
     chunk: int | None = None
     autocast: Autocast = nullcontext
@@ -61,6 +79,15 @@ class Attack(ABC):
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; it must be at least 1, or None for no chunks.")
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}.")
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            raise ValueError(f"there is no loss {self.loss!r}; there are {', '.join(LOSSES)}.")
+        for setting, allowed in self.choices.items():
+            if getattr(self, setting) not in allowed:
+                raise ValueError(
+                    f"{self.name}: {setting} is {getattr(self, setting)!r}; it must be one of {', '.join(allowed)}."
+                )
         shared = {field.name for field in fields(Attack)}
         for budget in fields(self):
             value = getattr(self, budget.name)
@@ -75,6 +102,18 @@ class Attack(ABC):
         Raises:
             ValueError: images and targets do not fit together, or an image holds NaN or infinity.
         """
+        with self.session(network, images, targets) as (oracle, best):
+            clean_dice = best.dice.clone()
+            self.run(oracle, images.detach(), best)
+        return AttackResult(best.images, best.dice, clean_dice, oracle.forward_passes, oracle.backward_passes)
+
+    @contextmanager
+    def session(self, network: nn.Module, images: Tensor, targets: Outputs) -> Iterator[tuple[Oracle, BestSoFar]]:
+        """What a run needs, with the clean images (clamped to the range) as the best so far; then it is put away.
+
+        Raises:
+            ValueError: as :meth:`__call__`.
+        """
         check_batch(images, targets)
         images = images.detach()
         start = self.threat.project(images, images)
@@ -83,23 +122,32 @@ class Attack(ABC):
             oracle = Oracle(
                 network=network,
                 targets=targets,
-                loss=self.loss or SegmentationLoss(self.criterion.labels),
+                loss=self.loss_function(),
                 criterion=self.criterion,
                 chunk=self.chunk,
                 autocast=self.autocast,
                 best=best,
             )
-            clean_dice = oracle.dice(start, torch.arange(len(images), device=images.device))
-            self.run(oracle, images, best)
-        return AttackResult(best.images, best.dice, clean_dice, oracle.forward_passes, oracle.backward_passes)
+            oracle.dice(start, torch.arange(len(images), device=images.device))
+            yield oracle, best
 
     @abstractmethod
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """Search; whatever is asked of ``oracle`` is offered to ``best``, which holds the clean images at the start."""
 
+    def loss_function(self) -> LossFunction:
+        """What is ascended."""
+        if self.loss is None or isinstance(self.loss, str):
+            return LOSSES[self.loss or self.default_loss](self.criterion.labels)
+        return self.loss
+
     def worth_attacking(self, best: BestSoFar) -> Tensor:
-        """Index of the samples that can still lose Dice; the others cost no further pass."""
-        return (best.dice > 0).nonzero()[:, 0]
+        """Index of the samples from which something can still be gained; the others cost no further pass."""
+        return self.unfinished(best.dice).nonzero()[:, 0]
+
+    def unfinished(self, dice: Tensor) -> Tensor:
+        """True where a Dice is not yet what the attack is content with."""
+        return self.criterion.is_correct(dice) if self.mode == "threshold" else dice > 0
 
 
 def check_batch(images: Tensor, targets: Outputs) -> None:

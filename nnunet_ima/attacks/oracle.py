@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -9,13 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nnunet_ima.attack_losses import LossFunction
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.lp import per_sample
 from nnunet_ima.precision import Autocast
-
-LossFunction = Callable[[Outputs, Outputs], Tensor]
 
 
 class Ascent(NamedTuple):
@@ -80,6 +80,57 @@ class Oracle:
         self.forward_passes = torch.zeros(samples, dtype=torch.long)
         self.backward_passes = torch.zeros(samples, dtype=torch.long)
 
+    @property
+    def target(self) -> Tensor:
+        """Full-resolution target (B, ...) of all samples."""
+        return first(self._targets)
+
+    def under(
+        self, loss: LossFunction | None = None, beside: Tensor | None = None, best: BestSoFar | None = None
+    ) -> Oracle:
+        """The same oracle with another loss, whose passes count with this one's.
+
+        Args:
+            loss: what :meth:`ascent` and :meth:`score` answer with; None for the same.
+            beside: a tensor (B, ...) that the loss finds behind the targets: it gets [target, beside].
+            best: where to keep the best points instead, for points that must not count: outside the threat model.
+        """
+        other = copy.copy(self)
+        if loss is not None:
+            other._loss = loss
+        if beside is not None:
+            other._targets = [self.target, beside]
+        if best is not None:
+            other._best = best
+        return other
+
+    def logits(self, images: Tensor, index: Tensor) -> Tensor:
+        """Full-resolution logits (n, K, *spatial) of ``images`` (n, C, *spatial) for the samples ``index`` (n,).
+
+        Raises:
+            UserError: the output is NaN or infinite, in single precision too.
+        """
+        with torch.no_grad():
+            parts = [finite_logits(self._network, part, self._autocast, real)[:real]
+                     for part, _, real in self._parts(images, index)]  # fmt: skip
+        self._count(self.forward_passes, index)
+        return torch.cat(parts)
+
+    def score(self, images: Tensor, index: Tensor, progress: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Loss and Dice (n,) of ``images``, without a gradient: what a black-box attack may ask.
+
+        Raises:
+            UserError: the output is NaN or infinite, in single precision too.
+        """
+        loss, losses, dice = self._loss_at(progress), [], []
+        with torch.no_grad():
+            for part, targets, real in self._parts(images, index):
+                logits = finite_logits(self._network, part, self._autocast, real)
+                # A black box shows its prediction, not what deep supervision makes of it.
+                losses.append(loss(logits, targets)[:real])
+                dice.append(self._dice(logits, targets)[:real])
+        return _cat(losses, images), self._record(images, index, _cat(dice, images))
+
     def dice(self, images: Tensor, index: Tensor) -> Tensor:
         """Dice (n,) of ``images`` (n, C, *spatial), which are candidates for the samples ``index`` (n,).
 
@@ -90,23 +141,36 @@ class Oracle:
             parts = [self._dice_of(*part) for part in self._parts(images, index)]
         return self._record(images, index, _cat(parts, images))
 
-    def ascent(self, images: Tensor, index: Tensor) -> Ascent:
+    def ascent(self, images: Tensor, index: Tensor, progress: float = 0.0) -> Ascent:
         """Loss, gradient and Dice at ``images`` (n, C, *spatial) for the samples ``index`` (n,).
+
+        Args:
+            images: candidates for the samples.
+            index: of the samples.
+            progress: share of the attack that is over, in [0, 1], for a loss that changes during it.
 
         Raises:
             UserError: the gradient is NaN or infinite, in single precision too.
         """
-        parts = [self._ascent_of(*part) for part in self._parts(images, index)]
+        loss = self._loss_at(progress)
+        parts = [self._ascent_of(loss, *part) for part in self._parts(images, index)]
         dice = self._record(images, index, _cat([p.dice for p in parts], images))
-        self.backward_passes.index_add_(0, index.cpu(), torch.ones(len(index), dtype=torch.long))
+        self._count(self.backward_passes, index)
         gradient = torch.cat([p.gradient for p in parts]) if parts else torch.zeros_like(images)
         return Ascent(_cat([p.loss for p in parts], images), gradient, dice)
 
     def _record(self, images: Tensor, index: Tensor, dice: Tensor) -> Tensor:
-        self.forward_passes.index_add_(0, index.cpu(), torch.ones(len(index), dtype=torch.long))
+        self._count(self.forward_passes, index)
         if self._best is not None:
             self._best.update(index, images.detach(), dice)
         return dice
+
+    def _count(self, passes: Tensor, index: Tensor) -> None:
+        passes.index_add_(0, index.cpu(), torch.ones(len(index), dtype=torch.long))
+
+    def _loss_at(self, progress: float) -> LossFunction:
+        changing: Callable[[float], LossFunction] | None = getattr(self._loss, "at", None)
+        return self._loss if changing is None else changing(progress)
 
     def _parts(self, images: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Outputs, int]]:
         """Images and targets in runs of ``chunk``, filled up to that size; and how many of each run are real."""
@@ -121,24 +185,26 @@ class Oracle:
         logits = finite_logits(self._network, images, self._autocast, real)
         return self._dice(logits, targets)[:real]
 
-    def _ascent_of(self, images: Tensor, targets: Outputs, real: int) -> Ascent:
-        answer = Ascent(*(part[:real] for part in self._differentiate(images, targets, self._autocast)))
+    def _ascent_of(self, loss: LossFunction, images: Tensor, targets: Outputs, real: int) -> Ascent:
+        answer = Ascent(*(part[:real] for part in self._differentiate(loss, images, targets, self._autocast)))
         bad = ~torch.isfinite(answer.gradient).flatten(1).all(1)
         if not bool(bad.any()):
             return answer
         # Half precision overflowed: these samples, and no neighbour, get their answer in the images' own precision.
-        again = Ascent(*(part[:real] for part in self._differentiate(images, targets, nullcontext)))
+        again = Ascent(*(part[:real] for part in self._differentiate(loss, images, targets, nullcontext)))
         if not bool(torch.isfinite(again.gradient[bad]).all()):
             # A step along it would end at an image of NaN, whose Dice of 0 looks like a success.
             raise UserError("the network cannot be attacked: its loss has a gradient that is NaN or infinite.")
         return Ascent(*(torch.where(per_sample(bad, old), new, old) for old, new in zip(answer, again, strict=True)))
 
-    def _differentiate(self, images: Tensor, targets: Outputs, autocast: Autocast) -> Ascent:
+    def _differentiate(
+        self, loss_function: LossFunction, images: Tensor, targets: Outputs, autocast: Autocast
+    ) -> Ascent:
         with torch.enable_grad():
             images = images.detach().requires_grad_(True)
             with autocast():
                 outputs = self._network(images)
-            loss = self._loss(outputs, targets)
+            loss = loss_function(outputs, targets)
             # The loss is a mean over voxels: in half precision its gradient (about 1/voxels) would underflow to zero.
             scale = float(images[0, 0].numel()) if autocast is not nullcontext else 1.0
             (gradient,) = torch.autograd.grad(loss.sum() * scale, images)

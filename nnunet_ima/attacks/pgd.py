@@ -46,9 +46,9 @@ class PGD(Attack):
             generators = sample_generators(images, self.seed, self.name, restart)
             noise = random_in_ball(images, threat.norm, threat.radius(images), generators, threat.perturbable(images))
             perturbed = threat.project(images + noise, images)
-        for _ in range(self.steps):
-            gradient = oracle.ascent(perturbed, index).gradient
-            stays = (best.dice[index] > 0).nonzero()[:, 0]
+        for step in range(self.steps):
+            gradient = oracle.ascent(perturbed, index, progress=step / self.steps).gradient
+            stays = self.unfinished(best.dice[index]).nonzero()[:, 0]
             if not len(stays):
                 return
             threat, images, index = threat.select(stays), images[stays], index[stays]

@@ -1,0 +1,71 @@
+"""Log odds of the soft Dice: a Dice loss whose gradient does not fade however sure the network is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nnunet_ima.attack_losses.voxels import without
+from nnunet_ima.labels import Labels
+from nnunet_ima.losses import Outputs, first
+
+
+@dataclass(frozen=True)
+class DiceLogOdds:
+    """log((1 − D) / D) of the soft Dice D over all foreground classes (or regions) of a sample; ours.
+
+    The odds of the Dice are 2 TP / (FP + FN), so with soft counts S(p) = Σ p over voxels and classes it is
+
+        log(S(p wrong at foreground) + S(p of a foreground class where it is not)) − log(2 S(p right at foreground)),
+
+    computed from log probabilities. Where probabilities are 1 to all digits, and the soft Dice and its gradient
+    are flat, it is still about linear in the logits. For a single voxel it is the logit margin with a softened maximum:
+    the decision function of classification, of which FAB needs a segmentation's counterpart.
+
+    For a sample without foreground, whose Dice depends on false positives alone, TP is replaced by true negatives.
+    """
+
+    labels: Labels
+
+    def __call__(self, outputs: Outputs, targets: Outputs) -> Tensor:
+        """Loss (B,) of the full-resolution output; 0, without a gradient, where all voxels are ignored."""
+        logits, target = first(outputs).float(), first(targets)
+        valid, truth = self.labels.valid(target), self.labels.one_hot(target, logits.shape[1])
+        if self.labels.regions:
+            right = functional.logsigmoid(torch.where(truth, logits, -logits))
+            wrong = functional.logsigmoid(torch.where(truth, -logits, logits))
+            inside = truth
+        else:
+            right, wrong, inside = _of_foreground_classes(logits, target, self.labels)
+        has_foreground = (inside & valid).flatten(1).any(1)
+        hits = _log_sum(right, inside & valid)
+        rests = _log_sum(right, ~inside & valid)
+        misses = _log_sum(wrong, valid.expand_as(wrong))
+        odds = torch.where(has_foreground, misses - hits, misses - rests)
+        return torch.where(valid.flatten(1).any(1), odds, torch.zeros_like(odds))
+
+
+def _of_foreground_classes(logits: Tensor, target: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
+    """Log probabilities of right and wrong (B, K − 1, *spatial) for each foreground class, and where the class is."""
+    log_probability = logits.log_softmax(1)
+    inside = labels.one_hot(target, logits.shape[1])[:, 1:]
+    others = _log_complement(log_probability)[:, 1:]
+    own = log_probability[:, 1:]
+    return torch.where(inside, own, others), torch.where(inside, others, own), inside
+
+
+def _log_complement(log_probability: Tensor) -> Tensor:
+    """log(1 − p) of each class (B, K, *spatial), accurate where p is 1 to all digits."""
+    winner = log_probability.argmax(1, keepdim=True)
+    # 1 − p loses its digits where p is close to 1, which only the winner can be: there, the sum of the others.
+    losers = torch.log1p(-log_probability.exp().clamp(max=0.5))
+    return losers.scatter(1, winner, without(log_probability, winner).logsumexp(1, keepdim=True))
+
+
+def _log_sum(logs: Tensor, where: Tensor) -> Tensor:
+    """log Σ exp(``logs``) (B,) over the entries ``where``; a number far below any other where there are none."""
+    kept = torch.where(where, logs, torch.full_like(logs, -1e4))
+    return kept.flatten(1).logsumexp(1)

@@ -1,0 +1,201 @@
+"""FAB, the fast adaptive boundary attack: Croce & Hein 2020, https://arxiv.org/abs/1907.02044, Algorithm 1.
+
+FAB looks for the smallest perturbation, not for the worst one of a given size. It needs a function that is 0 on the
+decision boundary. A classifier has one, the difference of two logits. A segmentation is wrong when its Dice, which has
+no gradient, falls to a threshold; in its place stands :class:`~nnunet_ima.attack_losses.DiceLogOdds`, s, minus the
+level c that s has at the boundary. c is learnt on the way, for each sample, from which points turned out wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ima.attacks.attack import Attack
+from nnunet_ima.attacks.oracle import BestSoFar, Oracle
+from nnunet_ima.hyperplane import relative_radius, step_to_hyperplane
+from nnunet_ima.losses import Outputs
+from nnunet_ima.lp import lp_norm, per_sample, random_on_sphere
+from nnunet_ima.seeds import sample_generators
+from nnunet_ima.threat import ThreatModel
+
+# The paper's constants: overshoot η, bias towards the clean image α_max, backward step β.
+OVERSHOOT = 1.05
+LARGEST_BIAS = 0.1
+BACKWARD = 0.9
+# By how much c rises beyond a point that should have been wrong; doubled each time until one is.
+FIRST_RISE = 0.05
+
+
+class Margins(NamedTuple):
+    """The smallest perturbations found.
+
+    Attributes:
+        images: perturbed images (B, C, *spatial) that are wrong; the clean ones where none was found.
+        norms: norm (B,) of each perturbation, 0 for samples that are wrong untouched, infinite where none was found.
+            For Linf with one radius a channel it is relative to the channels' radii, the largest of which counts as 1.
+    """
+
+    images: Tensor
+    norms: Tensor
+
+
+@dataclass(frozen=True)
+class FAB(Attack):
+    """Steps onto the linearised boundary, biased towards the clean image, and back towards it once beyond.
+
+    As an attack it counts what lies within ε; its points further out earn nothing. Like BPGD it shows how many samples
+    can be made wrong, not how wrong. :meth:`margins` gives the smallest perturbations themselves.
+
+    Attributes:
+        steps: of each restart; two forward passes and one backward pass each.
+        restarts: the first starts at the clean image, the others at random points around it.
+        bisections: at the end, of the way between the clean image and the closest wrong point (3 in the paper).
+    """
+
+    name: ClassVar[str] = "fab"
+    default_loss: ClassVar[str] = "dice-odds"
+    steps: int = 100
+    restarts: int = 1
+    bisections: int = 3
+
+    def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
+        """See :meth:`Attack.run`."""
+        self._search(oracle, images, best)
+
+    def margins(self, network: nn.Module, images: Tensor, targets: Outputs) -> Margins:
+        """Smallest perturbations that make samples wrong, whatever ``threat.epsilon``; the range is kept.
+
+        Args: as for :meth:`__call__`.
+        """
+        with self.session(network, images, targets) as (oracle, best):
+            return self._search(oracle, images.detach(), best)
+
+    def _search(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> Margins:
+        start = self.threat.project(images, images)
+        wrong = ~self.criterion.is_correct(best.dice)
+        norms = torch.where(wrong, 0.0, torch.inf).to(images)
+        closest = start.clone()
+        outside = oracle.under(best=BestSoFar(start))
+        for restart in range(self.restarts):
+            index = (norms > 0).nonzero()[:, 0]
+            if not len(index):
+                break
+            walk = _Walk(self, outside, best, images, start, index, norms, closest)
+            walk.begin(restart)
+            for _ in range(self.steps):
+                if not len(walk.index):
+                    break
+                walk.step()
+        self._bisect(outside, best, images, start, norms, closest)
+        return Margins(closest, norms)
+
+    def _bisect(
+        self, oracle: Oracle, best: BestSoFar, images: Tensor, start: Tensor, norms: Tensor, closest: Tensor
+    ) -> None:
+        """The paper's final search, on the way from the clean image to the closest wrong point."""
+        index = ((norms > 0) & torch.isfinite(norms)).nonzero()[:, 0]
+        right = start[index]
+        for _ in range(self.bisections if len(index) else 0):
+            middle = (right + closest[index]) / 2
+            dice = oracle.dice(middle, index)
+            credit(self.threat.select(index), best, images[index], middle, dice, index)
+            wrong = ~self.criterion.is_correct(dice)
+            closest[index[wrong]] = middle[wrong]
+            norms[index[wrong]] = size(self.threat.select(index), middle - start[index], start[index])[wrong]
+            right = torch.where(per_sample(wrong, right), right, middle)
+
+
+class _Walk:
+    """One restart of Algorithm 1 for the samples ``index``; ``norms`` and ``closest``, of all samples, are updated."""
+
+    def __init__(
+        self,
+        attack: FAB,
+        oracle: Oracle,
+        best: BestSoFar,
+        images: Tensor,
+        start: Tensor,
+        index: Tensor,
+        norms: Tensor,
+        closest: Tensor,
+    ) -> None:
+        self.attack, self.oracle, self.best = attack, oracle, best
+        self.images, self.start, self.index = images, start, index
+        self.norms, self.closest = norms, closest
+        threshold = attack.criterion.threshold
+        # Where soft and hard Dice are the same, s is this at the boundary.
+        level = math.log1p(-threshold) - math.log(max(threshold, 1e-3))
+        self.level = torch.full((len(start),), level).to(start)
+        self.rise = torch.full_like(self.level, FIRST_RISE)
+        self.point = start.clone()
+
+    def begin(self, restart: int) -> None:
+        """Choose where to start: restarts begin halfway to the best so far, or to the surface of the ball."""
+        if restart == 0:
+            return
+        threat, clean = self.attack.threat.select(self.index), self.start[self.index]
+        generators = sample_generators(clean, self.attack.seed, self.attack.name, restart)
+        radius = torch.minimum(threat.radius(clean).flatten(1).amax(1), self.norms[self.index])
+        noise = random_on_sphere(
+            clean, threat.norm, relative_radius(threat, clean), generators, threat.perturbable(clean)
+        )
+        low, high = threat.bounds(clean)
+        self.point[self.index] = (clean + per_sample(radius / 2, clean) * noise).maximum(low).minimum(high)
+
+    def step(self) -> None:
+        """One iteration of Algorithm 1, and what it teaches about the level of the boundary."""
+        index, clean = self.index, self.start[self.index]
+        threat = self.attack.threat.select(index)
+        low, high = threat.bounds(clean)
+        point = self.point[index]
+        answer = self.oracle.ascent(point, index)
+        self._learn(index, point, answer.loss, answer.dice)
+        normal = torch.where(threat.perturbable(clean), answer.gradient, torch.zeros_like(answer.gradient))
+        gap = self.level[index] - answer.loss
+        from_point = step_to_hyperplane(point, normal, gap, threat)
+        back = (normal * (point - clean)).flatten(1).sum(1)
+        from_clean = step_to_hyperplane(clean, normal, gap + back, threat)
+        near, far = size(threat, from_point, clean), size(threat, from_clean, clean)
+        bias = per_sample((near / (near + far).clamp_min(1e-12)).clamp(max=LARGEST_BIAS), point)
+        moved = (1 - bias) * (point + OVERSHOOT * from_point) + bias * (clean + OVERSHOOT * from_clean)
+        moved = moved.maximum(low).minimum(high)
+        loss, dice = self.oracle.score(moved, index)
+        wrong = self._learn(index, moved, loss, dice)
+        self.point[index] = torch.where(per_sample(wrong, moved), clean + BACKWARD * (moved - clean), moved)
+        if self.attack.mode == "threshold":
+            self.index = index[self.attack.unfinished(self.best.dice[index])]
+
+    def _learn(self, index: Tensor, point: Tensor, loss: Tensor, dice: Tensor) -> Tensor:
+        """Take in that ``point`` has this loss and Dice; returns which samples are wrong there."""
+        threat, clean = self.attack.threat.select(index), self.start[index]
+        credit(threat, self.best, self.images[index], point, dice, index)
+        wrong = ~self.attack.criterion.is_correct(dice)
+        norm = size(threat, point - clean, clean)
+        closer = wrong & (norm < self.norms[index])
+        self.norms[index[closer]] = norm[closer]
+        self.closest[index[closer]] = point[closer]
+        level, rise = self.level[index], self.rise[index]
+        too_low = ~wrong & (loss >= level)
+        self.level[index] = torch.where(wrong, torch.minimum(level, loss), torch.where(too_low, loss + rise, level))
+        self.rise[index] = torch.where(wrong, FIRST_RISE, torch.where(too_low, 2 * rise, rise))
+        return wrong
+
+
+def size(threat: ThreatModel, delta: Tensor, images: Tensor) -> Tensor:
+    """Norm (B,) of ``delta``; for Linf relative to the channels' radii, of which the largest counts as 1."""
+    if threat.norm == "l2":
+        return lp_norm(delta, "l2")
+    relative = relative_radius(threat, images)
+    reach = torch.where(relative > 0, delta.abs() / relative.clamp_min(1e-12), torch.zeros_like(delta))
+    return reach.flatten(1).amax(1)
+
+
+def credit(threat: ThreatModel, best: BestSoFar, images: Tensor, points: Tensor, dice: Tensor, index: Tensor) -> None:
+    """Offer those ``points`` to ``best`` that lie within the threat model."""
+    within = threat.contains(points, images, tolerance=0.0)
+    best.update(index[within], points[within], dice[within])

@@ -1,0 +1,187 @@
+"""Square attack: random search with squares, and no gradient. Andriushchenko et al. 2020, arxiv.org/abs/1912.00049."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nnunet_ima.attacks.attack import Attack
+from nnunet_ima.attacks.oracle import BestSoFar, Oracle
+from nnunet_ima.lp import lp_norm, per_sample
+from nnunet_ima.seeds import sample_generators
+from nnunet_ima.threat import ThreatModel
+
+# The paper halves the squares' area at these of 10,000 queries.
+HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+OF_QUERIES = 10_000
+Window = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Square(Attack):
+    """Algorithms 1 to 3 of the paper: a change of a random square (in 3D a cube) is kept if it raises the loss.
+
+    Linf: every voxel is at ±ε; a square gets one sign a channel. L2: the perturbation keeps norm ε; mass is moved from
+    one square to another, in a pyramid whose halves have opposite signs.
+
+    Attributes:
+        n_queries: passes for each sample, the first on the initial stripes (5,000 in AutoAttack).
+        p_init: share of the image that the first squares cover (0.8 in AutoAttack).
+    """
+
+    name: ClassVar[str] = "square"
+    default_loss: ClassVar[str] = "dice-odds"
+    n_queries: int = 5000
+    p_init: float = 0.8
+
+    def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
+        """See :meth:`Attack.run`."""
+        index = self.worth_attacking(best)
+        if not len(index) or not self.n_queries:
+            return
+        generators = sample_generators(images, self.seed, self.name)
+        propose = _linf_proposal if self.threat.norm == "linf" else _l2_proposal
+        threat, clean, drawn = self.threat.select(index), images[index], [generators[i] for i in index.tolist()]
+        begin = _stripes if self.threat.norm == "linf" else _tiles
+        delta = torch.stack([begin(image, generator) for image, generator in zip(clean, drawn, strict=True)])
+        point = threat.project(clean + _scaled(delta, threat, clean), clean)
+        loss, _ = oracle.score(point, index)
+        for query in range(1, self.n_queries):
+            stays = self.unfinished(best.dice[index])
+            if not bool(stays.all()):
+                kept = stays.nonzero()[:, 0]
+                threat, clean, index, loss = threat.select(kept), clean[kept], index[kept], loss[kept]
+                delta, point, drawn = delta[kept], point[kept], [drawn[i] for i in kept.tolist()]
+            if not len(index):
+                return
+            share = covered_share(self.p_init, query, self.n_queries)
+            radius = per_sample(threat.radius(clean).flatten(1).amax(1), clean)
+            current = delta if threat.norm == "linf" else (point - clean) / radius.clamp_min(1e-12)
+            tried = torch.stack([propose(one, share, generator) for one, generator in zip(current, drawn, strict=True)])
+            candidate = threat.project(clean + _scaled(tried, threat, clean), clean)
+            new_loss, _ = oracle.score(candidate, index)
+            better = new_loss > loss
+            loss = torch.where(better, new_loss, loss)
+            point = torch.where(per_sample(better, point), candidate, point)
+            delta = torch.where(per_sample(better, delta), tried, delta)
+
+
+def covered_share(p_init: float, query: int, n_queries: int) -> float:
+    """Share of the image that a square covers at a query: ``p_init``, halved at fixed shares of the budget."""
+    place = query / n_queries * OF_QUERIES
+    return p_init / 2.0 ** sum(place > mark for mark in HALVED_AT)
+
+
+def side(share: float, spatial: Sequence[int]) -> int:
+    """Side of a square (cube) that covers ``share`` of an image, at least 1 and less than its shortest side."""
+    longest = max(1, min(spatial) - 1)
+    return min(max(round((share * math.prod(spatial)) ** (1 / len(spatial))), 1), longest)
+
+
+def _scaled(delta: Tensor, threat: ThreatModel, images: Tensor) -> Tensor:
+    """``delta`` in units of ε (Linf: per channel) as a perturbation; voxels that may not change take no part."""
+    delta = delta * threat.perturbable(images)
+    if threat.norm == "l2":
+        length = per_sample(lp_norm(delta, "l2"), delta)
+        delta = delta / torch.where(length > 0, length, torch.ones_like(length))
+    return delta * threat.radius(images)
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    return (2 * torch.randint(0, 2, tuple(shape), generator=generator) - 1).to(like)
+
+
+def _below(limit: int, generator: torch.Generator) -> int:
+    return int(torch.randint(0, max(1, limit), (1,), generator=generator))
+
+
+def _window(length: int, spatial: Sequence[int], generator: torch.Generator) -> Window:
+    corner = [_below(size - length + 1, generator) for size in spatial]
+    return tuple(slice(c, c + min(length, size)) for c, size in zip(corner, spatial, strict=True))
+
+
+def _stripes(image: Tensor, generator: torch.Generator) -> Tensor:
+    """±1 in stripes along the first spatial axis, one sign for each stripe and channel (Linf's start)."""
+    channels, first, *rest = image.shape
+    return _signs((channels, 1, *rest), generator, image).expand(channels, first, *rest).clone()
+
+
+def _linf_proposal(delta: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Algorithm 2: a square of one sign a channel."""
+    spatial = delta.shape[1:]
+    window = _window(side(share, spatial), spatial, generator)
+    tried = delta.clone()
+    tried[(slice(None), *window)] = _signs((delta.shape[0], *[1] * len(spatial)), generator, delta)
+    return tried
+
+
+def _tiles(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Pyramids side by side, each with a random sign a channel (L2's start)."""
+    channels, *spatial = image.shape
+    length = max(1, min(spatial) // 5)
+    delta = torch.zeros_like(image)
+    counts = [max(1, size // length) for size in spatial]
+    for place in range(math.prod(counts)):
+        corner, rest = [], place
+        for count in counts:
+            rest, step = divmod(rest, count)
+            corner.append(step * length)
+        window = tuple(slice(c, c + length) for c in corner)
+        pattern = _two_pyramids(length, len(spatial), generator).to(image)
+        signs = _signs((channels, *[1] * len(spatial)), generator, image)
+        region = delta[(slice(None), *window)]
+        region += (pattern * signs)[(slice(None), *[slice(0, n) for n in region.shape[1:]])]
+    return delta
+
+
+def _l2_proposal(delta: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Algorithm 3: empty one square, and put its mass and what is missing to norm 1 into another."""
+    channels, *spatial = delta.shape
+    length = side(share, spatial)
+    filled, emptied = ((slice(None), *_window(length, spatial, generator)) for _ in range(2))
+    tried = delta.clone()
+    both = torch.zeros_like(delta, dtype=torch.bool)
+    both[filled] = both[emptied] = True
+    free = (1 - float(delta.square().sum())) / channels + (delta.square() * both).flatten(1).sum(1)
+    pattern = _two_pyramids(length, len(spatial), generator).to(delta)
+    signs = _signs((channels, *[1] * len(spatial)), generator, delta)
+    old = delta[filled]
+    old_norm = old.flatten(1).norm(dim=1).reshape(signs.shape)
+    fresh = signs * pattern[(None, *[slice(0, n) for n in old.shape[1:]])] + old / (1e-10 + old_norm)
+    norm = fresh.flatten(1).norm(dim=1).reshape(signs.shape)
+    fresh = fresh / (1e-10 + norm) * free.clamp_min(0).sqrt().reshape(signs.shape)
+    tried[emptied] = 0
+    tried[filled] = fresh
+    return tried
+
+
+def _two_pyramids(length: int, axes: int, generator: torch.Generator) -> Tensor:
+    """Pattern η of the paper, of norm 1: two pyramids of opposite sign side by side along a random axis."""
+    half = length // 2
+    if half == 0:
+        return torch.ones((length,) * axes)
+    parts = [_pyramid((n, *(length,) * (axes - 1))) for n in (half, length - half)]
+    pattern = torch.cat([parts[0] / parts[0].norm(), -parts[1] / parts[1].norm()])
+    pattern = pattern / pattern.norm()
+    return pattern.transpose(0, _below(axes, generator))
+
+
+def _pyramid(shape: Sequence[int]) -> Tensor:
+    """Sum of nested boxes, the k-th from the centre with the weight 1 / k²."""
+    # How many steps from the centre a voxel lies along each axis, as a share of the axis; the largest counts.
+    far = torch.zeros(tuple(shape))
+    longest = max(shape)
+    for axis, size in enumerate(shape):
+        steps = (torch.arange(size) - (size - 1) / 2).abs() * (longest / size)
+        far = torch.maximum(far, steps.reshape(-1, *[1] * (len(shape) - axis - 1)))
+    boxes = torch.arange(1, longest // 2 + 2)
+    # The k-th box reaches k − 1/2 steps from the centre, and holds all voxels that are not further out.
+    return ((far[..., None] <= boxes - 0.5) / boxes.square()).sum(-1)
+
+
+__all__ = ["Square", "covered_share", "side"]
