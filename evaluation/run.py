@@ -162,6 +162,20 @@ def select_samples(cases: ValidationCases, max_samples: int | None, seed: int, p
     return Selection(chosen, frozenset(complete))
 
 
+def load_batch(
+    cases: ValidationCases, batch: Sequence[Sample], protocol: Protocol, level: Level | None, device: torch.device
+) -> tuple[Tensor, Tensor, ThreatModel]:
+    """Images (B, C, *patch), targets (B, 1 or R, *patch) and what an attacker may do to them at a level."""
+    loaded = [(cases.load(sample.case), sample.place) for sample in batch]
+
+    def stack(pick: Callable[[Case], Tensor]) -> Tensor:
+        return torch.stack([cases.patch(pick(case), place) for case, place in loaded]).to(device)
+
+    images, targets, fixed = stack(lambda c: c.image), stack(lambda c: c.target), stack(lambda c: c.fixed)
+    low, high = (torch.stack([getattr(case, end) for case, _ in loaded]).to(device) for end in ("low", "high"))
+    return images, targets, protocol.threat(level or Level("0", 0.0), images, low, high, fixed)
+
+
 class _Runner:
     """Runs conditions one after the other; the clean one first, whose Dice the others refer to."""
 
@@ -201,7 +215,8 @@ class _Runner:
     def _attack(
         self, choice: AttackChoice | None, level: Level | None, batch: Sequence[Sample]
     ) -> Iterator[tuple[Sample, Tensor, SampleScore, Example]]:
-        images, targets, threat = self._load(batch, level)
+        protocol, device = self.evaluation.protocol, self.evaluation.device
+        images, targets, threat = load_batch(self.cases, batch, protocol, level, device)
         before = self._logits(images)
         if choice is None:
             perturbed, passes = images, torch.ones(len(batch), dtype=torch.long)
@@ -228,18 +243,6 @@ class _Runner:
                 sample, stacked[i], float(dice[i]), clean, float(radii[i]), float(norms[i]), int(passes[i])
             )
             yield sample, perturbed[i].cpu(), score, self._example(i, score, images, perturbed, targets, before, after)
-
-    def _load(self, batch: Sequence[Sample], level: Level | None) -> tuple[Tensor, Tensor, ThreatModel]:
-        loaded = [(self.cases.load(sample.case), sample.place) for sample in batch]
-        device = self.evaluation.device
-
-        def stack(pick: Callable[[Case], Tensor]) -> Tensor:
-            return torch.stack([self.cases.patch(pick(case), place) for case, place in loaded]).to(device)
-
-        images, targets, fixed = stack(lambda c: c.image), stack(lambda c: c.target), stack(lambda c: c.fixed)
-        low, high = (torch.stack([getattr(case, end) for case, _ in loaded]).to(device) for end in ("low", "high"))
-        threat = self.evaluation.protocol.threat(level or Level("0", 0.0), images, low, high, fixed)
-        return images, targets, threat
 
     def _logits(self, images: Tensor) -> Tensor:
         """Logits of all images, in the same chunks as the attacks use."""

@@ -3,6 +3,7 @@
 from nnunet_ima.attacks.apgd import APGD
 from nnunet_ima.attacks.apgd_targeted import TargetedAPGD
 from nnunet_ima.attacks.attack import Attack, AttackResult
+from nnunet_ima.attacks.autoattack import AutoAttack, AutoAttackResult
 from nnunet_ima.attacks.bpgd import BPGD
 from nnunet_ima.attacks.fab import FAB
 from nnunet_ima.attacks.fgsm import FGSM
@@ -13,7 +14,8 @@ from nnunet_ima.attacks.square import Square
 from nnunet_ima.attacks.white_noise import WhiteNoise
 
 ATTACKS: dict[str, type[Attack]] = {
-    attack.name: attack for attack in (WhiteNoise, FGSM, IFGSM, PGD, BPGD, APGD, TargetedAPGD, FAB, SPSA, Square)
+    attack.name: attack
+    for attack in (WhiteNoise, FGSM, IFGSM, PGD, BPGD, APGD, TargetedAPGD, FAB, SPSA, Square, AutoAttack)
 }
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "SPSA",
     "Attack",
     "AttackResult",
+    "AutoAttack",
+    "AutoAttackResult",
     "Square",
     "TargetedAPGD",
     "WhiteNoise",

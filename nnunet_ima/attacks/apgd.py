@@ -18,6 +18,8 @@ from nnunet_ima.threat import ThreatModel
 # The paper's constants: momentum α, and the share ρ of steps that must raise the loss between two checkpoints.
 ALPHA = 0.75
 RHO = 0.75
+# Of the steps, in each of the two larger balls of SEA's schedule.
+SHRINKING_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,16 @@ class APGD(Attack):
     Attributes:
         steps: N_iter of the paper.
         restarts: random starts on the surface of the ball; more are never weaker.
+        schedule: ``constant``, or ``shrinking``, which is that of SEA (https://arxiv.org/abs/2306.12941, "red-ε"): 30 %
+            of the steps in a ball of 2ε, 30 % in one of 1.5ε, and the rest in that of ε, each part a run of Algorithm 1
+            from where the part before found the lowest Dice. What is outside the ball of ε earns nothing.
     """
 
     name: ClassVar[str] = "apgd"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"schedule": ("constant", "shrinking")}
     steps: int = 100
     restarts: int = 1
+    schedule: str = "constant"
 
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
@@ -44,17 +51,31 @@ class APGD(Attack):
                 return
             generators = sample_generators(images[active], self.seed, self.name, restart)
             threat, clean = self.threat.select(active), images[active]
-            radius, where = threat.radius(clean), threat.perturbable(clean)
-            noise = random_on_sphere(clean, threat.norm, radius, generators, where)
-            self._climb(oracle, clean, threat.project(clean + noise, clean), active, best)
+            done = 0
+            point = None
+            for factor, steps in self._parts():
+                ball = threat if factor == 1 else threat.with_epsilon(factor * torch.as_tensor(threat.epsilon))
+                if point is None:
+                    where = threat.perturbable(clean)
+                    point = clean + random_on_sphere(clean, threat.norm, ball.radius(clean), generators, where)
+                found = best if factor == 1 else BestSoFar(images)
+                climb = _Climb(ball, clean, ball.project(point, clean), active)
+                self._climb(oracle.under(best=found), climb, found, done, steps)
+                point, done = found.images[active], done + steps
 
-    def _climb(self, oracle: Oracle, images: Tensor, start: Tensor, index: Tensor, best: BestSoFar) -> None:
-        """Algorithm 1 from ``start``; samples whose Dice reaches 0 leave."""
-        state = _Climb(self.threat.select(index), images, start, index)
-        marks = checkpoints(self.steps)
+    def _parts(self) -> list[tuple[float, int]]:
+        """Size of the ball, in ε, and number of steps in it."""
+        if self.schedule == "constant":
+            return [(1.0, self.steps)]
+        early = int(SHRINKING_SHARE * self.steps)
+        return [(2.0, early), (1.5, early), (1.0, self.steps - 2 * early)]
+
+    def _climb(self, oracle: Oracle, state: _Climb, best: BestSoFar, done: int, steps: int) -> None:
+        """Algorithm 1; samples from which nothing more can be gained leave."""
+        marks = checkpoints(steps)
         since_mark = {mark: mark - earlier for earlier, mark in pairwise(marks)}
-        for step in range(self.steps):
-            answer = oracle.ascent(state.point, state.index, progress=step / self.steps)
+        for step in range(steps):
+            answer = oracle.ascent(state.point, state.index, progress=(done + step) / self.steps)
             state.record(answer.loss, answer.gradient, raised_counts=step > 0)
             if step in since_mark:
                 state.halve_where_stuck(since_mark[step])
