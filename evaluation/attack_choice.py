@@ -1,4 +1,4 @@
-"""Read an attack from the command line: ``apgd``, or with its budget, ``apgd:steps=20,restarts=2``."""
+"""Read an attack from the command line: ``apgd``, or with its settings, ``apgd:steps=20,loss=dlr``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+from nnunet_ima.attack_losses import LOSSES
 from nnunet_ima.attacks import ATTACKS, Attack
-from nnunet_ima.attacks.bpgd import BOUNDARY_SEARCHES
+from nnunet_ima.attacks.attack import MODES
 from nnunet_ima.errors import UserError
 
 _SHARED = {field.name for field in fields(Attack)}
@@ -33,22 +34,33 @@ def parse_attack(text: str) -> AttackChoice:
     if name not in ATTACKS:
         raise UserError(f"There is no attack {name!r}; there are {', '.join(ATTACKS)}.")
     attack = ATTACKS[name]
-    defaults = {field.name: field.default for field in fields(attack) if field.name not in _SHARED}
+    words: dict[str, tuple[str, ...]] = {**attack.choices, "mode": MODES}
+    if attack.climbs:
+        words["loss"] = tuple(LOSSES)
+    numbers = {
+        field.name: field.default
+        for field in fields(attack)
+        if field.name not in _SHARED and isinstance(field.default, (int, float))
+    }
     settings: dict[str, Any] = {}
     for pair in filter(None, budget.split(",")):
         key, _, value = pair.partition("=")
-        if key not in defaults:
-            raise UserError(f"The attack {name} has no setting {key!r}; it has {', '.join(defaults)}.")
-        settings[key] = _read(name, key, value, defaults[key])
+        if key in words:
+            settings[key] = _read_word(name, key, value, words[key])
+        elif key in numbers:
+            settings[key] = _read_number(name, key, value, type(numbers[key]))
+        else:
+            raise UserError(f"The attack {name} has no setting {key!r}; it has {', '.join([*numbers, *words])}.")
     return AttackChoice(name, text, partial(attack, **settings))
 
 
-def _read(attack: str, key: str, value: str, default: Any) -> Any:
-    if isinstance(default, str):
-        if value in BOUNDARY_SEARCHES:
-            return value
-        raise UserError(f"{attack}:{key} is {value!r}; it must be one of {', '.join(BOUNDARY_SEARCHES)}.")
-    kind = type(default)
+def _read_word(attack: str, key: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value in allowed:
+        return value
+    raise UserError(f"{attack}:{key} is {value!r}; it must be one of {', '.join(allowed)}.")
+
+
+def _read_number(attack: str, key: str, value: str, kind: type) -> Any:
     try:
         number = kind(value)
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,30 +22,34 @@ class DiceLogOdds:
 
         log(S(p wrong at foreground) + S(p of a foreground class where it is not)) − log(2 S(p right at foreground)),
 
-    computed from log probabilities. Where probabilities are 1 to all digits, and the soft Dice and its gradient
-    are flat, it is still about linear in the logits. For a single voxel it is the logit margin with a softened maximum:
-    the decision function of classification, of which FAB needs a segmentation's counterpart.
+    computed from log probabilities. Where all voxels are right with probabilities of 1 to all digits, and the soft Dice
+    and its gradient are flat, it is still about linear in the logits. (Where some are wrong, and as sure, these hide
+    the others.) For a single voxel it is the logit margin with a softened maximum: the decision function of
+    classification, of which FAB needs a segmentation's counterpart.
 
-    For a sample without foreground, whose Dice depends on false positives alone, TP is replaced by true negatives.
+    For a sample without foreground, whose Dice depends on false positives alone, it is the log odds of foreground.
     """
 
     labels: Labels
+    sharpness: float = 1.0
 
     def __call__(self, outputs: Outputs, targets: Outputs) -> Tensor:
         """Loss (B,) of the full-resolution output; 0, without a gradient, where all voxels are ignored."""
-        logits, target = first(outputs).float(), first(targets)
+        logits, target = self.sharpness * first(outputs).float(), first(targets)
         valid, truth = self.labels.valid(target), self.labels.one_hot(target, logits.shape[1])
         if self.labels.regions:
+            background = functional.logsigmoid(-logits)
             right = functional.logsigmoid(torch.where(truth, logits, -logits))
             wrong = functional.logsigmoid(torch.where(truth, -logits, logits))
             inside = truth
         else:
+            background = logits.log_softmax(1)[:, :1]
             right, wrong, inside = _of_foreground_classes(logits, target, self.labels)
         has_foreground = (inside & valid).flatten(1).any(1)
-        hits = _log_sum(right, inside & valid)
-        rests = _log_sum(right, ~inside & valid)
+        hits = _log_sum(right, inside & valid) + math.log(2)
         misses = _log_sum(wrong, valid.expand_as(wrong))
-        odds = torch.where(has_foreground, misses - hits, misses - rests)
+        silence = _log_sum(background, valid.expand_as(background))
+        odds = torch.where(has_foreground, misses - hits, misses - silence)
         return torch.where(valid.flatten(1).any(1), odds, torch.zeros_like(odds))
 
 

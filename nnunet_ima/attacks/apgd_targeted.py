@@ -27,6 +27,7 @@ class TargetedAPGD(Attack):
     """
 
     name: ClassVar[str] = "apgd-t"
+    climbs: ClassVar[bool] = False
     steps: int = 100
     targets: int = 9
     restarts: int = 1

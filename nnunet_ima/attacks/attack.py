@@ -65,6 +65,8 @@ class Attack(ABC):
 
     name: ClassVar[str]
     default_loss: ClassVar[str] = "dice-ce"
+    climbs: ClassVar[bool] = True
+    """Whether it has a loss of its choice to climb."""
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Settings that are words, and what they may be."""
 

@@ -72,6 +72,7 @@ class AutoAttack(Attack):
     """
 
     name: ClassVar[str] = "autoattack"
+    climbs: ClassVar[bool] = False
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"version": tuple(VERSIONS)}
     version: str = "standard"
     members: Mapping[str, Attack] | Sequence[Attack] | None = None

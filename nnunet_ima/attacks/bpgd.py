@@ -118,6 +118,7 @@ class BPGD(Attack):
     """
 
     name: ClassVar[str] = "bpgd"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"boundary_search": BOUNDARY_SEARCHES}
     steps: int = 40
     step_factor: float = 4.0
     bisections: int = 10

@@ -3,7 +3,8 @@
 FAB looks for the smallest perturbation, not for the worst one of a given size. It needs a function that is 0 on the
 decision boundary. A classifier has one, the difference of two logits. A segmentation is wrong when its Dice, which has
 no gradient, falls to a threshold; in its place stands :class:`~nnunet_ima.attack_losses.DiceLogOdds`, s, minus the
-level c that s has at the boundary. c is learnt on the way, for each sample, from which points turned out wrong.
+level c that s has at the boundary. c is learnt on the way, for each sample, between the highest s of a point that
+turned out right and the lowest of one that turned out wrong.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nnunet_ima.attack_losses import DiceLogOdds
 from nnunet_ima.attacks.attack import Attack
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
 from nnunet_ima.hyperplane import relative_radius, step_to_hyperplane
@@ -27,8 +29,13 @@ from nnunet_ima.threat import ThreatModel
 OVERSHOOT = 1.05
 LARGEST_BIAS = 0.1
 BACKWARD = 0.9
-# By how much c rises beyond a point that should have been wrong; doubled each time until one is.
+# How far c moves beyond a point that contradicts what was known; doubled each time in a row.
 FIRST_RISE = 0.05
+# Factors of the logits, each for a part of the steps: far from the boundary a soft Dice shows the way, close to it only
+# a sharp one tells where it is.
+SHARPNESS = (1.0, 2.0, 4.0)
+# No image is looked at that is further away than this, in norms of the clean one; only where there is no range.
+FARTHEST = 10.0
 
 
 class Margins(NamedTuple):
@@ -54,14 +61,16 @@ class FAB(Attack):
     Attributes:
         steps: of each restart; two forward passes and one backward pass each.
         restarts: the first starts at the clean image, the others at random points around it.
-        bisections: at the end, of the way between the clean image and the closest wrong point (3 in the paper).
+        bisections: at the end, of the way between the clean image and the closest wrong
+            point (3 in the paper, which leave 12 %).
     """
 
     name: ClassVar[str] = "fab"
+    climbs: ClassVar[bool] = False
     default_loss: ClassVar[str] = "dice-odds"
     steps: int = 100
     restarts: int = 1
-    bisections: int = 3
+    bisections: int = 10
 
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
@@ -87,9 +96,10 @@ class FAB(Attack):
                 break
             walk = _Walk(self, outside, best, images, start, index, norms, closest)
             walk.begin(restart)
-            for _ in range(self.steps):
+            for step in range(self.steps):
                 if not len(walk.index):
                     break
+                walk.sharpen(SHARPNESS[step * len(SHARPNESS) // self.steps])
                 walk.step()
         self._bisect(outside, best, images, start, norms, closest)
         return Margins(closest, norms)
@@ -127,11 +137,8 @@ class _Walk:
         self.attack, self.oracle, self.best = attack, oracle, best
         self.images, self.start, self.index = images, start, index
         self.norms, self.closest = norms, closest
-        threshold = attack.criterion.threshold
-        # Where soft and hard Dice are the same, s is this at the boundary.
-        level = math.log1p(-threshold) - math.log(max(threshold, 1e-3))
-        self.level = torch.full((len(start),), level).to(start)
-        self.rise = torch.full_like(self.level, FIRST_RISE)
+        self.level = _Level(attack.criterion.threshold, start)
+        self.sharpness = torch.full((len(start),), SHARPNESS[0]).to(start)
         self.point = start.clone()
 
     def begin(self, restart: int) -> None:
@@ -147,28 +154,48 @@ class _Walk:
         low, high = threat.bounds(clean)
         self.point[self.index] = (clean + per_sample(radius / 2, clean) * noise).maximum(low).minimum(high)
 
+    def sharpen(self, sharpness: float) -> None:
+        """Let samples of which a wrong point is known go on with a sharper Dice, whose level is to be learnt anew."""
+        ready = self.index[torch.isfinite(self.norms[self.index]) & (self.sharpness[self.index] != sharpness)]
+        self.sharpness[ready] = sharpness
+        self.level.forget(ready)
+
     def step(self) -> None:
+        """One iteration of Algorithm 1 for all samples, those with the same loss together."""
+        for sharpness in self.sharpness[self.index].unique().tolist():
+            group = self.index[self.sharpness[self.index] == sharpness]
+            loss = DiceLogOdds(self.attack.criterion.labels, sharpness)
+            self._step(self.oracle.under(loss), group)
+        if self.attack.mode == "threshold":
+            self.index = self.index[self.attack.unfinished(self.best.dice[self.index])]
+
+    def _step(self, oracle: Oracle, index: Tensor) -> None:
         """One iteration of Algorithm 1, and what it teaches about the level of the boundary."""
-        index, clean = self.index, self.start[self.index]
+        clean = self.start[index]
         threat = self.attack.threat.select(index)
         low, high = threat.bounds(clean)
         point = self.point[index]
-        answer = self.oracle.ascent(point, index)
+        answer = oracle.ascent(point, index)
         self._learn(index, point, answer.loss, answer.dice)
         normal = torch.where(threat.perturbable(clean), answer.gradient, torch.zeros_like(answer.gradient))
-        gap = self.level[index] - answer.loss
+        gap = self.level.of(index) - answer.loss
         from_point = step_to_hyperplane(point, normal, gap, threat)
         back = (normal * (point - clean)).flatten(1).sum(1)
         from_clean = step_to_hyperplane(clean, normal, gap + back, threat)
         near, far = size(threat, from_point, clean), size(threat, from_clean, clean)
-        bias = per_sample((near / (near + far).clamp_min(1e-12)).clamp(max=LARGEST_BIAS), point)
+        bias = (near / (near + far).clamp_min(1e-12)).clamp(max=LARGEST_BIAS)
+        # Until a wrong point is known, the way there matters, and not how short it is.
+        bias = per_sample(torch.where(torch.isfinite(self.norms[index]), bias, torch.zeros_like(bias)), point)
         moved = (1 - bias) * (point + OVERSHOOT * from_point) + bias * (clean + OVERSHOOT * from_clean)
+        # Further away than the closest wrong point there is nothing to be found.
+        limit = torch.minimum(self.norms[index], FARTHEST * (1 + size(threat, clean, clean)))
+        moved = moved.nan_to_num(0.0, 1e6, -1e6)
+        reach = size(threat, moved - clean, clean)
+        moved = clean + per_sample((limit / reach.clamp_min(1e-12)).clamp(max=1.0), moved) * (moved - clean)
         moved = moved.maximum(low).minimum(high)
-        loss, dice = self.oracle.score(moved, index)
+        loss, dice = oracle.score(moved, index)
         wrong = self._learn(index, moved, loss, dice)
         self.point[index] = torch.where(per_sample(wrong, moved), clean + BACKWARD * (moved - clean), moved)
-        if self.attack.mode == "threshold":
-            self.index = index[self.attack.unfinished(self.best.dice[index])]
 
     def _learn(self, index: Tensor, point: Tensor, loss: Tensor, dice: Tensor) -> Tensor:
         """Take in that ``point`` has this loss and Dice; returns which samples are wrong there."""
@@ -179,11 +206,37 @@ class _Walk:
         closer = wrong & (norm < self.norms[index])
         self.norms[index[closer]] = norm[closer]
         self.closest[index[closer]] = point[closer]
-        level, rise = self.level[index], self.rise[index]
-        too_low = ~wrong & (loss >= level)
-        self.level[index] = torch.where(wrong, torch.minimum(level, loss), torch.where(too_low, loss + rise, level))
-        self.rise[index] = torch.where(wrong, FIRST_RISE, torch.where(too_low, 2 * rise, rise))
+        self.level.learn(index, loss, wrong)
         return wrong
+
+
+class _Level:
+    """For each sample, between which values s is at the boundary."""
+
+    def __init__(self, threshold: float, like: Tensor) -> None:
+        # Where soft and hard Dice are the same, this is s at the boundary.
+        self.guess = math.log1p(-threshold) - math.log(max(threshold, 1e-3))
+        self.right = torch.full((len(like),), -torch.inf).to(like)
+        self.wrong = torch.full_like(self.right, torch.inf)
+        self.rise = torch.full_like(self.right, FIRST_RISE)
+
+    def of(self, index: Tensor) -> Tensor:
+        """c: in the middle; while no wrong point is known the guess, or above the highest s of a right one."""
+        right, wrong = self.right[index], self.wrong[index]
+        beyond = torch.where(right < self.guess, torch.full_like(right, self.guess), right + self.rise[index])
+        return torch.where(torch.isfinite(wrong), (right + wrong) / 2, beyond)
+
+    def learn(self, index: Tensor, loss: Tensor, is_wrong: Tensor) -> None:
+        """Take in s at a point of each sample. It differs from place to place: if two disagree the last one counts."""
+        right, wrong, rise = self.right[index], self.wrong[index], self.rise[index]
+        surprise = torch.where(is_wrong, loss <= right, (loss >= wrong) | (right >= self.guess) & wrong.isinf())
+        self.right[index] = torch.where(is_wrong, torch.where(loss > right, right, loss - rise), right.maximum(loss))
+        self.wrong[index] = torch.where(is_wrong, wrong.minimum(loss), torch.where(loss < wrong, wrong, loss + rise))
+        self.rise[index] = torch.where(surprise, 2 * rise, torch.full_like(rise, FIRST_RISE))
+
+    def forget(self, index: Tensor) -> None:
+        """Start anew."""
+        self.right[index], self.wrong[index], self.rise[index] = -torch.inf, torch.inf, FIRST_RISE
 
 
 def size(threat: ThreatModel, delta: Tensor, images: Tensor) -> Tensor:

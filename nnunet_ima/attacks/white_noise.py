@@ -21,6 +21,7 @@ class WhiteNoise(Attack):
     """
 
     name: ClassVar[str] = "white-noise"
+    climbs: ClassVar[bool] = False
     draws: int = 100
 
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:

@@ -1,0 +1,187 @@
+"""Square and SPSA: what they do without a gradient."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_networks import KINDS, make_problem, seeded
+from torch import nn
+
+from nnunet_ima.attacks import SPSA, WhiteNoise
+from nnunet_ima.attacks.oracle import BestSoFar, Oracle
+from nnunet_ima.attacks.square import Square, _l2_proposal, _pyramid, _tiles, _two_pyramids, covered_share, side
+from nnunet_ima.lp import NORMS, lp_norm
+from nnunet_ima.seeds import sample_generators
+from nnunet_ima.threat import ThreatModel, image_range
+
+kinds = st.sampled_from(sorted(KINDS))
+seeds = st.integers(0, 200)
+few = settings(max_examples=10, deadline=None)
+
+
+class NoGradient(nn.Module):
+    """A network that cannot be differentiated."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        assert not torch.is_grad_enabled()
+        return self.network(images)
+
+
+class Seen(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.images = network, []
+
+    def forward(self, images):
+        self.images.append(images.clone())
+        return self.network(images)
+
+
+class Noting(Oracle):
+    """Remembers which scores it gave."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.scores: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def score(self, images, index, progress=0.0):
+        answer = super().score(images, index, progress)
+        self.scores.append((index, answer[0]))
+        return answer
+
+
+@pytest.mark.parametrize("attack", [Square, SPSA])
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_gradient_is_asked_for(attack, norm):
+    problem = make_problem("3d classes", 0)
+    budget = {"n_queries": 5} if attack is Square else {"steps": 2, "samples": 4}
+    result = attack(ThreatModel(norm, 1.0), problem.criterion, **budget)(
+        NoGradient(problem.network), problem.images, problem.targets
+    )
+    assert (result.backward_passes == 0).all()
+    assert (result.forward_passes > 4).all()
+
+
+def test_the_squares_shrink_as_in_the_paper():
+    """p after 10,000 queries' share of each mark; the area is a share of the image, in 3D the volume."""
+    marks = {1: 1, 11: 2, 51: 4, 201: 8, 501: 16, 1001: 32, 2001: 64, 4001: 128, 6001: 256, 8001: 512}
+    for query, divisor in marks.items():
+        assert covered_share(0.8, query, 10_000) == pytest.approx(0.8 / divisor)
+        assert covered_share(0.8, query, 10_000) == covered_share(0.8, query, 10_000)
+    assert covered_share(0.8, 26, 5_000) == pytest.approx(0.8 / 4)
+    assert side(0.25, (40, 40)) == 20
+    assert side(0.125, (40, 40, 40)) == 20
+    assert side(1e-9, (40, 56)) == 1
+    assert side(1.0, (4, 400)) == 3
+
+
+@few
+@given(st.sampled_from(["2d classes", "3d classes"]), seeds, st.integers(2, 40))
+def test_linf_perturbations_are_at_the_surface_everywhere(kind, seed, queries):
+    """Each voxel is at ±ε, or at the end of the range on that side."""
+    problem = make_problem(kind, seed)
+    low, high = image_range(problem.images)
+    threat = ThreatModel("linf", 0.3, low, high)
+    network = Seen(problem.network)
+    Square(threat, problem.criterion, n_queries=queries, seed=seed)(network, problem.images, problem.targets)
+    low, high = threat.bounds(problem.images)
+    point = network.images[1]  # after the clean image; later ones may be fewer, when samples have left
+    above, below = (problem.images + 0.3).minimum(high), (problem.images - 0.3).maximum(low)
+    assert (torch.isclose(point, above) | torch.isclose(point, below)).all()
+
+
+@few
+@given(st.sampled_from(["2d classes", "3d classes"]), seeds)
+def test_l2_perturbations_use_all_of_epsilon(kind, seed):
+    problem = make_problem(kind, seed)
+    network = Seen(problem.network)
+    Square(ThreatModel("l2", 2.0), problem.criterion, n_queries=30)(network, problem.images, problem.targets)
+    for point in network.images[1:]:
+        if len(point) == len(problem.images):
+            assert torch.allclose(lp_norm(point - problem.images, "l2"), torch.tensor(2.0), rtol=1e-3)
+
+
+@few
+@given(st.integers(1, 3), st.integers(5, 12), seeds, st.floats(0.01, 0.8))
+def test_an_l2_proposal_moves_mass_and_keeps_the_norm(channels, size, seed, share):
+    for axes in (2, 3):
+        generator = seeded(seed)
+        delta = _tiles(torch.zeros((channels, *[size] * axes)), generator)
+        delta = delta / delta.norm()
+        tried = _l2_proposal(delta, share, generator)
+        # Few voxels may cancel out; the attack then scales the whole to norm ε.
+        assert float(tried.norm()) < 1.001
+        assert side(share, [size] * axes) < 4 or float(tried.norm()) == pytest.approx(1.0, abs=1e-3)
+        changed = (tried != delta).flatten(1).sum(1)
+        assert (changed <= 2 * side(share, [size] * axes) ** axes).all()
+
+
+@few
+@given(st.integers(2, 15), st.integers(2, 3), seeds)
+def test_the_pattern_is_two_pyramids_of_opposite_sign(length, axes, seed):
+    pattern = _two_pyramids(length, axes, seeded(seed))
+    assert float(pattern.norm()) == pytest.approx(1.0)
+    assert (pattern > 0).any()
+    assert (pattern < 0).any()
+    one = _pyramid((length,) * axes)
+    assert (one > 0).all()
+    assert float(one.max()) == float(one[(length // 2,) * axes])
+    assert torch.allclose(one, one.flip(tuple(range(axes))))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@few
+@given(kinds, seeds)
+def test_the_kept_loss_never_falls(norm, kind, seed):
+    problem = make_problem(kind, seed)
+    threat = ThreatModel(norm, 1.0)
+    losses = []
+    for queries in (1, 5, 20):
+        attack = Square(threat, problem.criterion, n_queries=queries, seed=seed)
+        problem.network.eval()
+        oracle = Noting(problem.network, problem.targets, attack.loss_function(), problem.criterion)
+        attack.run(oracle, problem.images, BestSoFar(problem.images))
+        best = torch.full((len(problem.images),), -math.inf)
+        for index, loss in oracle.scores:
+            best[index] = torch.maximum(best[index], loss)
+        losses.append(best)
+    # With another budget the squares shrink at other queries; the start is the same.
+    assert (losses[1] >= losses[0]).all()
+    assert (losses[2] >= losses[0]).all()
+
+
+def test_the_estimate_points_along_the_gradient():
+    """With as many directions as voxels and more; the cosine of a mean over n random signs is about √(n / (n + d))."""
+    problem = make_problem("2d classes", 1, samples=2)
+    problem.network.eval()
+    attack = SPSA(ThreatModel("l2", 1.0), problem.criterion, samples=3000, delta=0.01)
+    oracle = Oracle(problem.network, problem.targets, attack.loss_function(), problem.criterion)
+    index = torch.arange(2)
+    true = oracle.ascent(problem.images, index).gradient
+    estimate = attack._estimate(
+        oracle, attack.threat, problem.images, problem.images, index, sample_generators(problem.images, 0)
+    )
+    cosine = torch.nn.functional.cosine_similarity(true.flatten(1), estimate.flatten(1))
+    assert (cosine > 0.9).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_black_boxes_are_stronger_than_noise(norm):
+    """Over many samples, at budgets of some hundred passes."""
+    totals = {"noise": 0.0, "square": 0.0, "spsa": 0.0}
+    epsilon = 0.15 if norm == "linf" else 1.5
+    for seed in range(3):
+        problem = make_problem("2d classes", seed, samples=16)
+        attacked = problem.network, problem.images, problem.targets
+        threat = ThreatModel(norm, epsilon)
+        totals["noise"] += float(WhiteNoise(threat, problem.criterion, draws=200)(*attacked).dice.sum())
+        totals["square"] += float(Square(threat, problem.criterion, n_queries=200)(*attacked).dice.sum())
+        totals["spsa"] += float(SPSA(threat, problem.criterion, steps=5, samples=300)(*attacked).dice.sum())
+    assert totals["square"] < totals["noise"] - 1
+    assert totals["spsa"] < totals["noise"] - 1
