@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnunet_ima.attacks.oracle import LossFunction, Oracle, undisturbed
+from nnunet_ima.attack_losses import LossFunction
+from nnunet_ima.attacks.oracle import Oracle, undisturbed
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.precision import Autocast
 

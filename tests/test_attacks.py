@@ -50,7 +50,7 @@ SMALL_BUDGET: dict[str, Callable[..., Attack]] = {
     "apgd-t": lambda *a, **k: TargetedAPGD(*a, steps=5, **k),
     "fgsm": FGSM,
     "ifgsm": lambda *a, **k: IFGSM(*a, steps=4, **k),
-    "fab": lambda *a, **k: FAB(*a, steps=5, restarts=2, **k),
+    "fab": lambda *a, **k: FAB(*a, steps=3, restarts=2, targets=1, **k),
     "spsa": lambda *a, **k: SPSA(*a, steps=2, samples=6, **k),
     "square": lambda *a, **k: Square(*a, n_queries=12, **k),
     "apgd-shrinking": lambda *a, **k: APGD(*a, steps=10, schedule="shrinking", **k),
@@ -59,7 +59,7 @@ SMALL_BUDGET: dict[str, Callable[..., Attack]] = {
 ANYWHERE = ThreatModel("l2", 0.0)
 SMALL_ENSEMBLE = {
     "apgd-dlr": APGD(ANYWHERE, loss="dlr", steps=2),
-    "fab": FAB(ANYWHERE, steps=1, bisections=1),
+    "fab": FAB(ANYWHERE, steps=1, targets=0, bisections=1),
     "square": Square(ANYWHERE, n_queries=3),
 }
 # FAB looks for the smallest perturbation, whatever ε; SPSA's probes are points that earn nothing.

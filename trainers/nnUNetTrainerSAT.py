@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nnunet_ima.attacks.oracle import LossFunction, Oracle, undisturbed
+from nnunet_ima.attack_losses import LossFunction
+from nnunet_ima.attacks.oracle import Oracle, undisturbed
 from nnunet_ima.attacks.pgd import climb
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.lp import random_in_ball

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnunet_ima.attack_losses.voxels import without
+from nnunet_ima.attack_losses.voxels import true_class, without
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, first
+
+# A logit so far from the others that its probability, or what is missing to 1, is 0.
+NO_PART = 1e4
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ class DiceLogOdds:
     classification, of which FAB needs a segmentation's counterpart.
 
     For a sample without foreground, whose Dice depends on false positives alone, it is the log odds of foreground.
+
+    With targets [target, t], as :class:`~nnunet_ima.attack_losses.margin.TargetedDLR` takes them, it is about the truth
+    and one other class at each voxel alone, or for regions about one region.
+
+    Attributes:
+        labels: how targets and logits are to be read.
+        sharpness: the logits are multiplied by this; the larger, the closer the soft Dice is to the hard one.
     """
 
     labels: Labels
@@ -36,6 +46,8 @@ class DiceLogOdds:
     def __call__(self, outputs: Outputs, targets: Outputs) -> Tensor:
         """Loss (B,) of the full-resolution output; 0, without a gradient, where all voxels are ignored."""
         logits, target = self.sharpness * first(outputs).float(), first(targets)
+        if not isinstance(targets, Tensor) and len(targets) > 1 and not targets[1].is_floating_point():
+            logits = _only(logits, target, targets[1], self.labels)
         valid, truth = self.labels.valid(target), self.labels.one_hot(target, logits.shape[1])
         if self.labels.regions:
             background = functional.logsigmoid(-logits)
@@ -51,6 +63,16 @@ class DiceLogOdds:
         silence = _log_sum(background, valid.expand_as(background))
         odds = torch.where(has_foreground, misses - hits, misses - silence)
         return torch.where(valid.flatten(1).any(1), odds, torch.zeros_like(odds))
+
+
+def _only(logits: Tensor, target: Tensor, towards: Tensor, labels: Labels) -> Tensor:
+    """Logits at which no class but the truth and ``towards``, or no region but that, has any part in the Dice."""
+    if labels.regions:
+        silent = torch.where(labels.one_hot(target, logits.shape[1]), NO_PART, -NO_PART)
+        return silent.to(logits).scatter(1, towards, logits.gather(1, towards))
+    kept = torch.zeros_like(logits, dtype=torch.bool)
+    kept = kept.scatter(1, true_class(target, labels), True).scatter(1, towards, True)
+    return torch.where(kept, logits, torch.full_like(logits, -NO_PART))
 
 
 def _of_foreground_classes(logits: Tensor, target: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,5 +94,5 @@ def _log_complement(log_probability: Tensor) -> Tensor:
 
 def _log_sum(logs: Tensor, where: Tensor) -> Tensor:
     """log Σ exp(``logs``) (B,) over the entries ``where``; a number far below any other where there are none."""
-    kept = torch.where(where, logs, torch.full_like(logs, -1e4))
+    kept = torch.where(where, logs, torch.full_like(logs, -2 * NO_PART))
     return kept.flatten(1).logsumexp(1)

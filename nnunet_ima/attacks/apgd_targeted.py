@@ -11,6 +11,7 @@ from nnunet_ima.attack_losses import TargetedDLR, likely_others
 from nnunet_ima.attacks.apgd import APGD
 from nnunet_ima.attacks.attack import Attack
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
+from nnunet_ima.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,14 @@ class TargetedAPGD(Attack):
         if not len(active):
             return
         labels = self.criterion.labels
-        logits = oracle.logits(self.threat.project(images, images)[active], active)
-        likely = likely_others(logits, oracle.target[active], labels)
-        ranking = likely.new_zeros((len(images), *likely.shape[1:])).index_copy(0, active, likely)
+        ranking = rank_other_classes(oracle, self.threat.project(images, images), active, labels)
         apgd = APGD(self.threat, self.criterion, None, self.mode, self.seed, steps=self.steps, restarts=self.restarts)
         for rank in range(min(self.targets, ranking.shape[1])):
             towards = oracle.under(TargetedDLR(labels), beside=ranking[:, rank : rank + 1])
             replace(apgd, seed=self.seed + rank).run(towards, images, best)
+
+
+def rank_other_classes(oracle: Oracle, images: Tensor, index: Tensor, labels: Labels) -> Tensor:
+    """Other classes of each voxel, the likeliest on ``images`` first, (B, K − 1, *spatial); 0 for other samples."""
+    likely = likely_others(oracle.logits(images[index], index), oracle.target[index], labels)
+    return likely.new_zeros((len(images), *likely.shape[1:])).index_copy(0, index, likely)

@@ -8,7 +8,7 @@ classification.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from nnunet_ima.attacks.oracle import BestSoFar, Oracle
 from nnunet_ima.attacks.square import Square
 from nnunet_ima.losses import Outputs
 
-MakeAttack = partial[Attack]
+MakeAttack = Callable[..., Attack]
 
 # The names are those of by_attack. "standard" has the budgets of the original program.
 VERSIONS: dict[str, dict[str, MakeAttack]] = {
@@ -32,9 +32,9 @@ VERSIONS: dict[str, dict[str, MakeAttack]] = {
         "apgd-dice-ce": partial(APGD, loss="dice-ce"),
         "apgd-ce": partial(APGD, loss="ce"),
         "apgd-dlr": partial(APGD, loss="dlr"),
-        "apgd-t": partial(TargetedAPGD),
-        "fab": partial(FAB),
-        "square": partial(Square),
+        "apgd-t": TargetedAPGD,
+        "fab": FAB,
+        "square": Square,
     },
     "fast": {
         "apgd-dice-ce": partial(APGD, loss="dice-ce", steps=50),

@@ -10,6 +10,7 @@ turned out right and the lowest of one that turned out wrong.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ima.attack_losses import DiceLogOdds
+from nnunet_ima.attacks.apgd_targeted import rank_other_classes
 from nnunet_ima.attacks.attack import Attack
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
 from nnunet_ima.hyperplane import relative_radius, step_to_hyperplane
@@ -60,7 +62,10 @@ class FAB(Attack):
 
     Attributes:
         steps: of each restart; two forward passes and one backward pass each.
-        restarts: the first starts at the clean image, the others at random points around it.
+        targets: after a run towards any wrong segmentation, one each towards one other class at every voxel, as
+            :class:`~nnunet_ima.attacks.apgd_targeted.TargetedAPGD` chooses them; no more than there are (AutoAttack's
+            FAB-T, 9).
+        restarts: of each run; the first starts at the clean image, the others at random points around it.
         bisections: at the end, of the way between the clean image and the closest wrong
             point (3 in the paper, which leave 12 %).
     """
@@ -69,6 +74,7 @@ class FAB(Attack):
     climbs: ClassVar[bool] = False
     default_loss: ClassVar[str] = "dice-odds"
     steps: int = 100
+    targets: int = 9
     restarts: int = 1
     bisections: int = 10
 
@@ -90,19 +96,33 @@ class FAB(Attack):
         norms = torch.where(wrong, 0.0, torch.inf).to(images)
         closest = start.clone()
         outside = oracle.under(best=BestSoFar(start))
+        aims = list(self._aims(oracle, start, norms))
         for restart in range(self.restarts):
-            index = (norms > 0).nonzero()[:, 0]
-            if not len(index):
-                break
-            walk = _Walk(self, outside, best, images, start, index, norms, closest)
-            walk.begin(restart)
-            for step in range(self.steps):
-                if not len(walk.index):
-                    break
-                walk.sharpen(SHARPNESS[step * len(SHARPNESS) // self.steps])
-                walk.step()
+            for run, towards in enumerate(aims):
+                index = self._to_be_improved(best, norms)
+                walk = _Walk(self, outside, towards, best, images, start, index, norms, closest)
+                walk.begin(restart, run)
+                for step in range(self.steps if len(index) else 0):
+                    walk.sharpen(SHARPNESS[step * len(SHARPNESS) // self.steps])
+                    walk.step()
         self._bisect(outside, best, images, start, norms, closest)
         return Margins(closest, norms)
+
+    def _aims(self, oracle: Oracle, start: Tensor, norms: Tensor) -> Iterator[Tensor | None]:
+        """None for any wrong segmentation, then classes (B, 1, *spatial) to aim at."""
+        yield None
+        index = (norms > 0).nonzero()[:, 0]
+        if self.targets and len(index):
+            ranking = rank_other_classes(oracle, start, index, self.criterion.labels)
+            for rank in range(min(self.targets, ranking.shape[1])):
+                yield ranking[:, rank : rank + 1]
+
+    def _to_be_improved(self, best: BestSoFar, norms: Tensor) -> Tensor:
+        """Samples that are right untouched, and in mode ``threshold`` not wrong within ε yet."""
+        wanted = norms > 0
+        if self.mode == "threshold":
+            wanted = wanted & self.unfinished(best.dice)
+        return wanted.nonzero()[:, 0]
 
     def _bisect(
         self, oracle: Oracle, best: BestSoFar, images: Tensor, start: Tensor, norms: Tensor, closest: Tensor
@@ -127,6 +147,7 @@ class _Walk:
         self,
         attack: FAB,
         oracle: Oracle,
+        towards: Tensor | None,
         best: BestSoFar,
         images: Tensor,
         start: Tensor,
@@ -134,19 +155,19 @@ class _Walk:
         norms: Tensor,
         closest: Tensor,
     ) -> None:
-        self.attack, self.oracle, self.best = attack, oracle, best
+        self.attack, self.oracle, self.towards, self.best = attack, oracle, towards, best
         self.images, self.start, self.index = images, start, index
         self.norms, self.closest = norms, closest
         self.level = _Level(attack.criterion.threshold, start)
         self.sharpness = torch.full((len(start),), SHARPNESS[0]).to(start)
         self.point = start.clone()
 
-    def begin(self, restart: int) -> None:
+    def begin(self, restart: int, run: int) -> None:
         """Choose where to start: restarts begin halfway to the best so far, or to the surface of the ball."""
         if restart == 0:
             return
         threat, clean = self.attack.threat.select(self.index), self.start[self.index]
-        generators = sample_generators(clean, self.attack.seed, self.attack.name, restart)
+        generators = sample_generators(clean, self.attack.seed, self.attack.name, run, restart)
         radius = torch.minimum(threat.radius(clean).flatten(1).amax(1), self.norms[self.index])
         noise = random_on_sphere(
             clean, threat.norm, relative_radius(threat, clean), generators, threat.perturbable(clean)
@@ -162,10 +183,10 @@ class _Walk:
 
     def step(self) -> None:
         """One iteration of Algorithm 1 for all samples, those with the same loss together."""
-        for sharpness in self.sharpness[self.index].unique().tolist():
+        for sharpness in sorted(set(self.sharpness[self.index].tolist())):
             group = self.index[self.sharpness[self.index] == sharpness]
             loss = DiceLogOdds(self.attack.criterion.labels, sharpness)
-            self._step(self.oracle.under(loss), group)
+            self._step(self.oracle.under(loss, beside=self.towards), group)
         if self.attack.mode == "threshold":
             self.index = self.index[self.attack.unfinished(self.best.dice[self.index])]
 

@@ -21,5 +21,5 @@ class IFGSM(Attack):
 
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
-        shared = {"threat": self.threat, "criterion": self.criterion, "mode": self.mode, "seed": self.seed}
-        PGD(**shared, steps=self.steps, step_size=1 / max(1, self.steps)).run(oracle, images, best)
+        pgd = PGD(self.threat, self.criterion, mode=self.mode, steps=self.steps, step_size=1 / max(1, self.steps))
+        pgd.run(oracle, images, best)

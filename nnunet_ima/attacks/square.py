@@ -80,7 +80,8 @@ def covered_share(p_init: float, query: int, n_queries: int) -> float:
 def side(share: float, spatial: Sequence[int]) -> int:
     """Side of a square (cube) that covers ``share`` of an image, at least 1 and less than its shortest side."""
     longest = max(1, min(spatial) - 1)
-    return min(max(round((share * math.prod(spatial)) ** (1 / len(spatial))), 1), longest)
+    wanted: float = (share * math.prod(spatial)) ** (1 / len(spatial))
+    return min(max(round(wanted), 1), longest)
 
 
 def _scaled(delta: Tensor, threat: ThreatModel, images: Tensor) -> Tensor:
@@ -101,8 +102,15 @@ def _below(limit: int, generator: torch.Generator) -> int:
 
 
 def _window(length: int, spatial: Sequence[int], generator: torch.Generator) -> Window:
+    """A random place for a square, of all channels."""
     corner = [_below(size - length + 1, generator) for size in spatial]
-    return tuple(slice(c, c + min(length, size)) for c, size in zip(corner, spatial, strict=True))
+    return slice(None), *(slice(c, c + min(length, size)) for c, size in zip(corner, spatial, strict=True))
+
+
+def _fitting(pattern: Tensor, region: Tensor) -> Tensor:
+    """The part of ``pattern`` (1 or C, *spatial) that fits into a region at the edge of the image."""
+    part: Window = (slice(None), *(slice(0, size) for size in region.shape[1:]))
+    return pattern[part]
 
 
 def _stripes(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,7 +124,7 @@ def _linf_proposal(delta: Tensor, share: float, generator: torch.Generator) -> T
     spatial = delta.shape[1:]
     window = _window(side(share, spatial), spatial, generator)
     tried = delta.clone()
-    tried[(slice(None), *window)] = _signs((delta.shape[0], *[1] * len(spatial)), generator, delta)
+    tried[window] = _signs((delta.shape[0], *[1] * len(spatial)), generator, delta)
     return tried
 
 
@@ -131,11 +139,11 @@ def _tiles(image: Tensor, generator: torch.Generator) -> Tensor:
         for count in counts:
             rest, step = divmod(rest, count)
             corner.append(step * length)
-        window = tuple(slice(c, c + length) for c in corner)
+        window: Window = (slice(None), *(slice(c, c + length) for c in corner))
         pattern = _two_pyramids(length, len(spatial), generator).to(image)
         signs = _signs((channels, *[1] * len(spatial)), generator, image)
-        region = delta[(slice(None), *window)]
-        region += (pattern * signs)[(slice(None), *[slice(0, n) for n in region.shape[1:]])]
+        region = delta[window]
+        region += _fitting(pattern * signs, region)
     return delta
 
 
@@ -143,7 +151,7 @@ def _l2_proposal(delta: Tensor, share: float, generator: torch.Generator) -> Ten
     """Algorithm 3: empty one square, and put its mass and what is missing to norm 1 into another."""
     channels, *spatial = delta.shape
     length = side(share, spatial)
-    filled, emptied = ((slice(None), *_window(length, spatial, generator)) for _ in range(2))
+    filled, emptied = _window(length, spatial, generator), _window(length, spatial, generator)
     tried = delta.clone()
     both = torch.zeros_like(delta, dtype=torch.bool)
     both[filled] = both[emptied] = True
@@ -152,7 +160,7 @@ def _l2_proposal(delta: Tensor, share: float, generator: torch.Generator) -> Ten
     signs = _signs((channels, *[1] * len(spatial)), generator, delta)
     old = delta[filled]
     old_norm = old.flatten(1).norm(dim=1).reshape(signs.shape)
-    fresh = signs * pattern[(None, *[slice(0, n) for n in old.shape[1:]])] + old / (1e-10 + old_norm)
+    fresh = _fitting(pattern[None] * signs, old) + old / (1e-10 + old_norm)
     norm = fresh.flatten(1).norm(dim=1).reshape(signs.shape)
     fresh = fresh / (1e-10 + norm) * free.clamp_min(0).sqrt().reshape(signs.shape)
     tried[emptied] = 0
@@ -167,8 +175,7 @@ def _two_pyramids(length: int, axes: int, generator: torch.Generator) -> Tensor:
         return torch.ones((length,) * axes)
     parts = [_pyramid((n, *(length,) * (axes - 1))) for n in (half, length - half)]
     pattern = torch.cat([parts[0] / parts[0].norm(), -parts[1] / parts[1].norm()])
-    pattern = pattern / pattern.norm()
-    return pattern.transpose(0, _below(axes, generator))
+    return (pattern / float(pattern.norm())).transpose(0, _below(axes, generator))
 
 
 def _pyramid(shape: Sequence[int]) -> Tensor:
