@@ -16,6 +16,8 @@ $(VENV)/.ready: setup.cfg constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	@echo "Installing nnU-Net, PyTorch and this project into $(VENV) (some gigabytes, a few minutes)"
 	$(BIN)/pip install --quiet --editable '.[test,lint]' --constraint constraints.txt
+# What the parity tests compare with. It asks for an old version of requests, which it does not need here.
+	$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1
 	touch $@
 
 # make demo [DATA=<task folder of the Decathlon>] [DEMO=<where to work>]

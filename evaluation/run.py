@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_ima.attacks import Attack
+from nnunet_ima.attacks import Attack, AutoAttackResult, Finding, check_network
 from nnunet_ima.attacks.oracle import finite_logits, undisturbed
 from nnunet_ima.dice import DiceCriterion, confusion, sample_dice
 from nnunet_ima.errors import UserError
@@ -30,6 +30,7 @@ CHUNK_VOXELS = {"cpu": 2**18, "mps": 2**18, "cuda": 2**22}
 LARGEST_CHUNK = {"cpu": 16, "mps": 16, "cuda": 128}
 
 WORST_KEPT = 4
+CHECKED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class SampleScore:
         epsilon: the largest perturbation allowed, in z-scores.
         norm: of the perturbation found.
         passes: forward passes spent.
+        backward_passes: backward passes spent.
+        by_attack: Dice under each member of an ensemble, NaN where it was not needed any more.
     """
 
     sample: Sample
@@ -52,6 +55,8 @@ class SampleScore:
     epsilon: float
     norm: float
     passes: int
+    backward_passes: int = 0
+    by_attack: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Outcome:
     samples: list[SampleScore] = field(default_factory=list)
     cases: dict[str, CaseScore] = field(default_factory=dict)
     worst: list[Example] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,9 @@ class Evaluation:
         conditions += [(attack, level) for attack in self.attacks for level in self.levels]
         total = len(selection.samples) * len(conditions)
         with tqdm(total=total, unit="sample", disable=not self.progress, dynamic_ncols=True) as bar:
-            return [runner.condition(attack, level, bar) for attack, level in conditions]
+            outcomes = [runner.condition(attack, level, bar) for attack, level in conditions]
+        outcomes[0].findings = runner.check(outcomes[0])
+        return outcomes
 
 
 CLEAN, CLAMP = "clean", "clamp-only"
@@ -212,16 +220,30 @@ class _Runner:
         self._score_cases_without_samples(outcome)
         return outcome
 
+    def check(self, clean: Outcome) -> list[Finding]:
+        """Does the network mislead attacks? Asked of the samples that it segments best."""
+        surest = sorted(clean.samples, key=lambda score: -score.dice)[:CHECKED_SAMPLES]
+        chosen = {score.sample for score in surest if score.dice > 0}
+        samples = [sample for sample in self.selection.samples if sample in chosen]
+        if not samples:
+            return []
+        evaluation = self.evaluation
+        images, targets, threat = load_batch(self.cases, samples, evaluation.protocol, None, evaluation.device)
+        network, criterion = self.model.network, evaluation.criterion
+        return check_network(network, images, targets, threat, criterion, evaluation.seed, self.chunk)
+
     def _attack(
         self, choice: AttackChoice | None, level: Level | None, batch: Sequence[Sample]
     ) -> Iterator[tuple[Sample, Tensor, SampleScore, Example]]:
         protocol, device = self.evaluation.protocol, self.evaluation.device
         images, targets, threat = load_batch(self.cases, batch, protocol, level, device)
         before = self._logits(images)
+        passes, backward = torch.ones(len(batch), dtype=torch.long), torch.zeros(len(batch), dtype=torch.long)
+        members: dict[str, Tensor] = {}
         if choice is None:
-            perturbed, passes = images, torch.ones(len(batch), dtype=torch.long)
+            perturbed = images
         elif level is None:
-            perturbed, passes = self.evaluation.protocol.clamp(images), torch.ones(len(batch), dtype=torch.long)
+            perturbed = self.evaluation.protocol.clamp(images)
         else:
             attack = choice.make(
                 threat=threat,
@@ -230,7 +252,9 @@ class _Runner:
                 chunk=self.chunk,
             )
             result = attack(self.model.network, images, targets)
-            perturbed, passes = result.images, result.forward_passes
+            perturbed, passes, backward = result.images, result.forward_passes, result.backward_passes
+            if isinstance(result, AutoAttackResult):
+                members = {name: part.dice for name, part in result.by_attack.items()}
         after = self._logits(perturbed)
         counts = confusion(after, targets, self.model.labels)
         dice = sample_dice(counts, self.evaluation.criterion.reduction)
@@ -240,8 +264,9 @@ class _Runner:
         for i, sample in enumerate(batch):
             clean = self.clean_dice.setdefault(sample, float(dice[i])) if choice is None else self.clean_dice[sample]
             score = SampleScore(
-                sample, stacked[i], float(dice[i]), clean, float(radii[i]), float(norms[i]), int(passes[i])
-            )
+                sample, stacked[i], float(dice[i]), clean, float(radii[i]), float(norms[i]), int(passes[i]),
+                int(backward[i]), {name: float(values[i]) for name, values in members.items()},
+            )  # fmt: skip
             yield sample, perturbed[i].cpu(), score, self._example(i, score, images, perturbed, targets, before, after)
 
     def _logits(self, images: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ def summarise(evaluation: Evaluation, outcomes: Sequence[Outcome], command: str)
     if CLAMP in by_name:
         summary["clamp_only"] = _figures(by_name[CLAMP], evaluation)
     summary["results"] = [_result(outcome, evaluation) for outcome in attacked]
-    summary["trust"] = check(by_name.get(CLAMP, by_name[CLEAN]), attacked)
+    found = [finding._asdict() for finding in by_name[CLEAN].findings]
+    summary["trust"] = found + check(by_name.get(CLAMP, by_name[CLEAN]), attacked)
+    summary["trusted"] = all(item["passed"] for item in summary["trust"])
     return _plain(summary)  # type: ignore[no-any-return]
 
 
@@ -98,6 +100,9 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
     if averages:
         lines += ["", "Mean TVDI over clean and all levels (Table 3's Avg):", ""]
         lines += [f"- {attack}: {_percent(value)}" for attack, value in averages.items()]
+    lines += _ensembles(summary)
+    if not summary["trusted"]:
+        lines += ["", "**These figures are not to be trusted: a check failed.**"]
     lines += ["", "Checks:", ""]
     lines += [f"- {'passed' if item['passed'] else 'FAILED'}: {item['sentence']}" for item in summary["trust"]]
     if summary["trained_on_these_cases"]:
@@ -105,6 +110,24 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
     elif summary["started_from_unknown_weights"]:
         lines += ["", "The training started from other weights; whether those learned from these cases is not known."]
     return "\n".join(lines) + "\n"
+
+
+def _ensembles(summary: Mapping[str, Any]) -> list[str]:
+    """What each member of an ensemble reached on its own."""
+    lines: list[str] = []
+    for result in summary["results"]:
+        if "by_attack" not in result:
+            continue
+        lines += [
+            "",
+            f"Members of {result['attack']} at {result['level']}: ADI over the samples that each attacked",
+            "",
+        ]
+        lines += [
+            f"- {name}: {_percent(part['adi'])} ({part['attacked_samples']} samples)"
+            for name, part in result["by_attack"].items()
+        ]
+    return lines
 
 
 def average_tvdi(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -144,6 +167,26 @@ def _result(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
         "epsilon_z_scores": nan_mean([score.epsilon for score in outcome.samples]),
         **_figures(outcome, evaluation),
         "forward_passes_per_sample": nan_mean([float(score.passes) for score in outcome.samples]),
+        "backward_passes_per_sample": nan_mean([float(score.backward_passes) for score in outcome.samples]),
+        **_by_attack(outcome, evaluation.criterion.threshold),
+    }
+
+
+def _by_attack(outcome: Outcome, threshold: float) -> dict[str, Any]:
+    """Of an ensemble, each member's mean Dice and share of correct samples, over those that it attacked."""
+    members = list(outcome.samples[0].by_attack) if outcome.samples else []
+    if not members:
+        return {}
+    dice = {name: np.array([score.by_attack[name] for score in outcome.samples]) for name in members}
+    return {
+        "by_attack": {
+            name: {
+                "adi": nan_mean(values.tolist()),
+                "robust_share": nan_mean([float(d > threshold) for d in values if not math.isnan(d)]),
+                "attacked_samples": int((~np.isnan(values)).sum()),
+            }
+            for name, values in dice.items()
+        }
     }
 
 

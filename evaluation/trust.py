@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 
 from nnunet_ima.evaluation.metrics import adi
+from nnunet_ima.evaluation.protocols import Level
 from nnunet_ima.evaluation.run import Outcome
 
 # Rounding, and the little by which the worst of 100 draws may beat a weak gradient attack on a tiny sample.
 SLACK = 0.005
 
 WHITE_NOISE = "white-noise"
-WEAK = ("bpgd",)
+# These are content with little, or take a single step.
+WEAK = ("bpgd", "fab", "fgsm")
+BLACK_BOX = ("square", "spsa")
+WHITE_BOX = ("pgd", "apgd", "ifgsm")
 
 
 def check(unperturbed: Outcome, attacked: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -25,7 +29,12 @@ def check(unperturbed: Outcome, attacked: Sequence[Outcome]) -> list[dict[str, A
         unperturbed: the clean outcome; under the ``paper`` protocol the clamped one.
         attacked: the outcomes of attacks.
     """
-    return [*_never_helps(unperturbed, attacked), *_noise_is_weaker(attacked), *_more_is_worse(attacked)]
+    return [
+        *_never_helps(unperturbed, attacked),
+        *_noise_is_weaker(attacked),
+        *_black_box_is_weaker(attacked),
+        *_more_is_worse(attacked),
+    ]
 
 
 def _never_helps(unperturbed: Outcome, attacked: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -66,6 +75,40 @@ def _noise_is_weaker(attacked: Sequence[Outcome]) -> list[dict[str, Any]]:
             f"robustness shown is not real",
         )
     ]
+
+
+def _black_box_is_weaker(attacked: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Of each level the best black box against the best gradient attack, members of ensembles included."""
+    black, white = _lowest(attacked, BLACK_BOX), _lowest(attacked, WHITE_BOX)
+    levels = [level for level in black if level in white]
+    if not levels:
+        return []
+    beaten = [str(level.text) for level in levels if level and black[level] + SLACK < white[level]]
+    return [
+        _item(
+            "white_box_beats_black_box",
+            not beaten,
+            "no black-box attack is stronger than the gradient attacks",
+            f"at level {', '.join(beaten)} a black-box attack is stronger than every gradient attack: gradients are "
+            f"hidden, so the robustness shown by gradient attacks is not real",
+        )
+    ]
+
+
+def _lowest(attacked: Sequence[Outcome], kinds: Sequence[str]) -> dict[Level | None, float]:
+    """Lowest ADI of the attacks of these kinds at each level."""
+    found: dict[Level | None, float] = {}
+    for outcome in attacked:
+        values = [_adi(outcome)] if _kind(outcome) in kinds else []
+        members = outcome.samples[0].by_attack if outcome.samples else {}
+        for name in members:
+            if name.startswith(tuple(kinds)):
+                # What a member was not asked about was finished before it, with this Dice.
+                dice = [s.dice if np.isnan(s.by_attack[name]) else s.by_attack[name] for s in outcome.samples]
+                values.append(adi(np.array(dice)))
+        if values:
+            found[outcome.level] = min([*values, found.get(outcome.level, np.inf)])
+    return found
 
 
 def _more_is_worse(attacked: Sequence[Outcome]) -> list[dict[str, Any]]:

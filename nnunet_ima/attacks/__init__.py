@@ -5,6 +5,7 @@ from nnunet_ima.attacks.apgd_targeted import TargetedAPGD
 from nnunet_ima.attacks.attack import Attack, AttackResult
 from nnunet_ima.attacks.autoattack import AutoAttack, AutoAttackResult
 from nnunet_ima.attacks.bpgd import BPGD
+from nnunet_ima.attacks.checks import Finding, check_network
 from nnunet_ima.attacks.fab import FAB
 from nnunet_ima.attacks.fgsm import FGSM
 from nnunet_ima.attacks.ifgsm import IFGSM
@@ -31,7 +32,9 @@ __all__ = [
     "AttackResult",
     "AutoAttack",
     "AutoAttackResult",
+    "Finding",
     "Square",
     "TargetedAPGD",
     "WhiteNoise",
+    "check_network",
 ]

@@ -141,17 +141,21 @@ class Oracle:
             parts = [self._dice_of(*part) for part in self._parts(images, index)]
         return self._record(images, index, _cat(parts, images))
 
-    def ascent(self, images: Tensor, index: Tensor, progress: float = 0.0) -> Ascent:
+    def ascent(self, images: Tensor, index: Tensor, progress: float = 0.0, repeats: int = 1) -> Ascent:
         """Loss, gradient and Dice at ``images`` (n, C, *spatial) for the samples ``index`` (n,).
 
         Args:
             images: candidates for the samples.
             index: of the samples.
             progress: share of the attack that is over, in [0, 1], for a loss that changes during it.
+            repeats: answer with the mean over this many passes, for a network that draws random numbers.
 
         Raises:
             UserError: the gradient is NaN or infinite, in single precision too.
         """
+        if repeats > 1:
+            return Ascent(*(torch.stack(values).mean(0) for values in zip(
+                *(self.ascent(images, index, progress) for _ in range(repeats)), strict=True)))  # fmt: skip
         loss = self._loss_at(progress)
         parts = [self._ascent_of(loss, *part) for part in self._parts(images, index)]
         dice = self._record(images, index, _cat([p.dice for p in parts], images))
@@ -207,7 +211,11 @@ class Oracle:
             loss = loss_function(outputs, targets)
             # The loss is a mean over voxels: in half precision its gradient (about 1/voxels) would underflow to zero.
             scale = float(images[0, 0].numel()) if autocast is not nullcontext else 1.0
-            (gradient,) = torch.autograd.grad(loss.sum() * scale, images)
+            # A network behind a step function does not depend on the image as far as autograd knows.
+            gradient = torch.zeros_like(images)
+            if loss.requires_grad:
+                (found,) = torch.autograd.grad(loss.sum() * scale, images, allow_unused=True)
+                gradient = gradient if found is None else found
         return Ascent(loss.detach(), gradient / scale, self._dice(first(outputs).detach(), targets))
 
     def _dice(self, logits: Tensor, targets: Outputs) -> Tensor:

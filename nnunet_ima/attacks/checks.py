@@ -1,0 +1,183 @@
+"""Signs that a network hides from attacks instead of resisting them.
+
+The reasoning is that of AutoAttack's own flags (https://github.com/fra31/auto-attack, flags_doc.md) and of Carlini et
+al. 2019, https://arxiv.org/abs/1902.06705. A check that fails says that figures of gradient attacks are not to be
+trusted, and what to do; docs/attacks.md has an example of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ima.attack_losses import LOSSES
+from nnunet_ima.attack_losses.voxels import look_at
+from nnunet_ima.attacks.apgd import APGD
+from nnunet_ima.dice import DiceCriterion
+from nnunet_ima.losses import Outputs
+from nnunet_ima.lp import lp_norm
+from nnunet_ima.threat import ThreatModel
+
+RUNS = 3
+# 1 − p below this is 0 in single precision: cross entropy and soft Dice are flat there.
+SATURATED = 2.0**-24
+STEPS_AT_HUGE_EPSILON = 20
+# Of the clean Dice, what may be left at a huge ε.
+LEFT_AT_HUGE_EPSILON = 0.25
+
+
+class Finding(NamedTuple):
+    """A check by name, whether it passed, and what that means in a sentence."""
+
+    name: str
+    passed: bool
+    sentence: str
+
+
+def check_network(
+    network: nn.Module,
+    images: Tensor,
+    targets: Outputs,
+    threat: ThreatModel,
+    criterion: DiceCriterion,
+    seed: int = 0,
+    chunk: int | None = None,
+) -> list[Finding]:
+    """Look for defences that mislead attacks, on a few samples.
+
+    Args:
+        network: (B, C, *spatial) to logits.
+        images: (B, C, *spatial), some eight that the network segments well.
+        targets: as the criterion reads them.
+        threat: norm and range; ε does not matter.
+        criterion: how targets are read.
+        seed: of the attack at a huge ε.
+        chunk: as for attacks.
+
+    Raises:
+        ValueError, UserError: as an attack does.
+    """
+    # Far away from the image the margin is the loss that loses its way least: it never fades.
+    attack = APGD(huge(threat, images), criterion, "margin", seed=seed, chunk=chunk, steps=STEPS_AT_HUGE_EPSILON)
+    index = torch.arange(len(images), device=images.device)
+    with attack.session(network, images, targets) as (oracle, best):
+        start, before = best.images.clone(), _state(network)
+        with watched() as used:
+            runs = [oracle.logits(start, index) for _ in range(RUNS)]
+        stays = all(torch.equal(was, now) for was, now in zip(before, _state(network), strict=True))
+        gradient = oracle.under(LOSSES["dice-ce"](criterion.labels)).ascent(start, index).gradient
+        clean = best.dice.clone()
+        attack.run(oracle, images.detach(), best)
+    moves = torch.where(threat.perturbable(images), gradient, torch.zeros_like(gradient)).flatten(1).abs().amax(1) > 0
+    # Of a sample whose Dice is 0 nothing is wanted.
+    flat = ~moves & (clean > 0)
+    return [
+        _same_output(runs),
+        _logits(runs[0], criterion),
+        _not_saturated(runs[0], oracle.target, criterion),
+        _finding(
+            "gradients_do_not_vanish",
+            not bool(flat.any()),
+            "the loss has a gradient at every clean sample",
+            f"the loss has no gradient at all at {int(flat.sum())} of {len(flat)} clean samples: gradient attacks are "
+            f"blind there; use square or spsa, and attack without the step that hides the gradient",
+        ),
+        _finding(
+            "network_is_static",
+            stays and not used,
+            "the network neither changes nor optimises anything while it predicts",
+            f"the network {'calls ' + ', '.join(sorted(used)) if stays else 'changes its weights or buffers'} while "
+            f"it predicts: an attack meets another network at each step; attack a copy that does not",
+        ),
+        _finding(
+            "huge_epsilon_leaves_nothing",
+            float(best.dice.sum()) <= LEFT_AT_HUGE_EPSILON * float(clean.sum()),
+            "perturbations of any size drive Dice towards 0",
+            f"perturbations as large as the range leave a Dice of {float(best.dice.mean()):.2f} (clean "
+            f"{float(clean.mean()):.2f}): the attack does not work on this network; try square or another loss",
+        ),
+    ]
+
+
+def huge(threat: ThreatModel, images: Tensor) -> ThreatModel:
+    """The same threat model with an ε that reaches every image of the range, or with no range, ten times the image."""
+    low, high = (bound.expand_as(images) for bound in threat.bounds(images))
+    reach = torch.where(torch.isfinite(high - low), high - low, 10 * (1 + images.abs()))
+    return threat.with_epsilon(lp_norm(reach, threat.norm))
+
+
+def _same_output(runs: list[Tensor]) -> Finding:
+    # Kernels that add in another order differ in the last digits; noise differs in the first.
+    scale = float(runs[0].abs().max().clamp_min(1e-12))
+    largest = max(float((run - runs[0]).abs().max()) for run in runs[1:]) / scale
+    return _finding(
+        "same_output_twice",
+        largest < 1e-3,
+        "the network gives the same output twice",
+        "the network gives another output for the same image: a lucky draw looks like an attack's success, and one "
+        "gradient is noise; use apgd:eot=20, which averages",
+    )
+
+
+def _logits(logits: Tensor, criterion: DiceCriterion) -> Finding:
+    inside = bool(((logits >= 0) & (logits <= 1)).all())
+    sums = criterion.labels.regions or bool(torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-3))
+    return _finding(
+        "outputs_are_logits",
+        not (inside and sums),
+        "outputs are no probabilities already",
+        "outputs are probabilities: softmax or sigmoid would be applied twice, which flattens every loss; give the "
+        "network without its last activation",
+    )
+
+
+def _not_saturated(logits: Tensor, target: Tensor, criterion: DiceCriterion) -> Finding:
+    voxels = look_at(logits, target, criterion.labels)
+    surest = torch.minimum(voxels.log_wrong, voxels.log_truth).exp() < SATURATED
+    share = float((surest & voxels.valid).sum()) / max(1.0, float(voxels.valid.expand_as(surest).sum()))
+    return _finding(
+        "outputs_are_not_saturated",
+        share < 0.99,
+        "not every output is certain to all digits",
+        f"{100 * share:.1f} % of the outputs are certain to all digits of single precision: cross entropy and Dice "
+        f"have no gradient there; use apgd:loss=dlr or apgd:loss=margin, which do not depend on the logits' scale",
+    )
+
+
+def _finding(name: str, passed: bool, good: str, bad: str) -> Finding:
+    return Finding(name, passed, good if passed else bad)
+
+
+def _state(network: nn.Module) -> list[Tensor]:
+    return [value.detach().clone() for value in network.state_dict().values() if isinstance(value, Tensor)]
+
+
+@contextmanager
+def watched() -> Iterator[set[str]]:
+    """The names of those functions of autograd that are called meanwhile: a prediction needs none of them."""
+    used: set[str] = set()
+    places: list[tuple[Any, str, str]] = [
+        (torch.autograd, "grad", "torch.autograd.grad"),
+        (torch.autograd, "backward", "torch.autograd.backward"),
+        (torch.Tensor, "backward", "Tensor.backward"),
+    ]
+    originals = [getattr(owner, name) for owner, name, _ in places]
+
+    def noting(original: Any, title: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            used.add(title)
+            return original(*args, **kwargs)
+
+        return call
+
+    for (owner, name, title), original in zip(places, originals, strict=True):
+        setattr(owner, name, noting(original, title))
+    try:
+        yield used
+    finally:
+        for (owner, name, _), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
