@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnunet_ima.attacks.autoattack import VERSIONS
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation import models
@@ -277,6 +279,49 @@ def test_linf_levels_are_shares_of_each_cases_own_range(model, tmp_path):
         share = int(row["level"].partition("/")[0]) / 255
         assert float(row["epsilon"]) == pytest.approx(share * spreads[row["case"]], rel=1e-4)
         assert float(row["norm"]) <= float(row["epsilon"]) * 1.0001
+
+
+@pytest.mark.parametrize("mode", ["dice", "threshold"])
+def test_an_ensemble_shows_what_each_member_did(model, tmp_path, mode):
+    report = run(
+        tmp_path, "-m", str(model.folder), "--levels", "20", "--max-samples", "6", "--no-cases", "--attacks",
+        f"autoattack:version=fast,mode={mode}", "apgd:steps=50,loss=dice-ce",
+    )  # fmt: skip
+    ensemble, alone = report.summary["results"]
+    assert list(ensemble["by_attack"]) == list(VERSIONS["fast"])
+    first, *others = ensemble["by_attack"].values()
+    if mode == "dice":
+        assert first["adi"] == pytest.approx(alone["adi"])
+        assert all(ensemble["adi"] <= part["adi"] + 1e-9 for part in ensemble["by_attack"].values())
+    assert first["attacked_samples"] >= others[0]["attacked_samples"]
+    assert ensemble["robust_share"] <= first["robust_share"]
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert f"Members of autoattack:version=fast,mode={mode} at 20" in table
+    names = {item["name"] for item in report.summary["trust"]}
+    assert {"same_output_twice", "gradients_do_not_vanish", "huge_epsilon_leaves_nothing"} <= names
+
+
+def test_a_model_that_hides_its_gradients_is_marked(model, tmp_path):
+    """Its last layer is scaled up: the segmentation stays the same, every probability becomes 0 or 1."""
+    folder = tmp_path / model.folder.name
+    shutil.copytree(model.folder, folder)
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+    for name, value in checkpoint["network_weights"].items():
+        if "seg_layers" in name:
+            value *= 1e6
+    torch.save(checkpoint, file)
+    arguments = ("--levels", "5", "--max-samples", "6", "--no-cases", "--attacks", "apgd:steps=3")
+    honest = run(tmp_path / "honest", "-m", str(model.folder), *arguments)
+    hidden = run(tmp_path / "hidden", "-m", str(folder), *arguments)
+    assert hidden.summary["clean"] == honest.summary["clean"]
+    assert not hidden.summary["trusted"]
+    failed = {item["name"] for item in hidden.summary["trust"] if not item["passed"]}
+    assert "outputs_are_not_saturated" in failed
+    assert "outputs_are_not_saturated" not in {i["name"] for i in honest.summary["trust"] if not i["passed"]}
+    table = (tmp_path / "hidden" / "table.md").read_text(encoding="utf-8")
+    assert "**These figures are not to be trusted: a check failed.**" in table
+    assert "apgd:loss=dlr" in table
 
 
 def evaluation(model: TrainedModel, protocol: Protocol, attack: str, batch_size: int = 8) -> Evaluation:
