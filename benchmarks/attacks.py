@@ -1,8 +1,8 @@
 """Which attack finds the lowest Dice, and for how many passes? On the models of ``hippocampus_small.py``.
 
-Runs every attack on the same validation slices of a stock and a hardened model, and notes after every pass how low the
-mean Dice is so far. A pass is a forward or a backward pass of one sample through the network. A quarter of an hour for 16
-slices on a free core. Writes a JSON, a table, and a picture.
+Runs every attack on the same validation slices of a stock and a hardened model, and notes after every pass how low
+the mean Dice is so far. A pass is a forward or a backward pass of one sample through the network. A quarter of an hour
+for 16 slices on a free core. Writes a JSON, a table, and a picture.
 
     python benchmarks/attacks.py -o <folder of hippocampus_small.py> [--samples 16] [--levels 2 5] [-device cpu]
 """

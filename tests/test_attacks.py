@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ from test_oracle import CountingNetwork, counting, state_of, stateful_network
 from tiny_networks import KINDS, Problem, make_problem, seeded
 from torch import Tensor, nn
 
+from nnunet_ima.attack_losses import LOSSES
 from nnunet_ima.attacks import (
     APGD,
     ATTACKS,
@@ -33,6 +35,7 @@ from nnunet_ima.attacks import (
     WhiteNoise,
 )
 from nnunet_ima.attacks.apgd import checkpoints
+from nnunet_ima.attacks.autoattack import VERSIONS
 from nnunet_ima.attacks.bpgd import BOUNDARY_SEARCHES, Boundary, bisect, generate_adversarial
 from nnunet_ima.attacks.oracle import Oracle
 from nnunet_ima.attacks.pgd import ascend
@@ -77,6 +80,12 @@ few = settings(max_examples=10)
 
 def test_every_attack_is_tested_here():
     assert set(ATTACKS) <= set(SMALL_BUDGET)
+
+
+def test_the_docs_name_every_attack_loss_and_version():
+    text = (Path(__file__).parents[1] / "docs" / "attacks.md").read_text(encoding="utf-8")
+    for name in (*ATTACKS, *LOSSES, *VERSIONS):
+        assert f"`{name}`" in text, name
 
 
 def threat_for(images: Tensor, norm: str, epsilon: float | Tensor, kind: str = "own") -> ThreatModel:
@@ -576,7 +585,7 @@ def optimum(threat: ThreatModel, images: Tensor, gradient: Tensor) -> Tensor:
 
 @every_norm
 @pytest.mark.parametrize("range_kind", ["none", "own"])
-@pytest.mark.parametrize("attack", ["pgd", "apgd"])
+@pytest.mark.parametrize("attack", ["pgd", "apgd", "apgd-shrinking", "autoattack"])
 @pytest.mark.parametrize("epsilon", [0.1, 2.0, 6.0])
 def test_the_optimum_of_a_linear_network_is_reached(norm, range_kind, attack, epsilon):
     for seed in range(3):
@@ -587,8 +596,15 @@ def test_the_optimum_of_a_linear_network_is_reached(norm, range_kind, attack, ep
         with torch.no_grad():
             network.weight.copy_(torch.randn(network.weight.shape, generator=generator))
         threat = threat_for(images, norm, epsilon, range_kind)
-        steps = {"pgd": PGD(threat, Score(), score, steps=100), "apgd": APGD(threat, Score(), score, steps=100)}[attack]
-        result = steps(network, images, targets)
+        chosen = {
+            "pgd": PGD(threat, Score(), score),
+            "apgd": APGD(threat, Score(), score),
+            "apgd-shrinking": APGD(threat, Score(), score, schedule="shrinking"),
+            "autoattack": AutoAttack(
+                threat, Score(), members=[PGD(ANYWHERE, loss=score, steps=5), APGD(ANYWHERE, loss=score)]
+            ),
+        }[attack]
+        result = (chosen if attack == "autoattack" else replace(chosen, steps=100))(network, images, targets)
         assert threat.contains(result.images, images, tolerance=1e-9).all()
         weight = (network.weight[0] - network.weight[1]).detach()
         gradient = (weight[None] * targets).reshape(images.shape)
