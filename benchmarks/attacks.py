@@ -16,6 +16,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,21 @@ from nnunet_ima.files import atomic_path, write_text
 
 BUDGETS = (25, 50, 100, 200, 500, 1000)
 ATTACKS: dict[str, Callable[..., Attack]] = {
-    "white-noise": lambda *a, **k: WhiteNoise(*a, draws=100, **k),
+    "white-noise": partial(WhiteNoise, draws=100),
     "fgsm": FGSM,
     "ifgsm": IFGSM,
-    "pgd": lambda *a, **k: PGD(*a, steps=100, **k),
-    "pgd, 5 restarts": lambda *a, **k: PGD(*a, steps=100, restarts=5, **k),
+    "pgd": partial(PGD, steps=100),
+    "pgd, 5 restarts": partial(PGD, steps=100, restarts=5),
     "bpgd": BPGD,
-    **{f"apgd {loss}": (lambda *a, loss=loss, **k: APGD(*a, loss=loss, steps=100, **k)) for loss in LOSSES},
+    **{f"apgd {loss}": partial(APGD, loss=loss) for loss in LOSSES},
     **{
-        f"apgd {loss}, shrinking": (lambda *a, loss=loss, **k: APGD(*a, loss=loss, schedule="shrinking", **k))
+        f"apgd {loss}, shrinking": partial(APGD, loss=loss, schedule="shrinking")
         for loss in ("dice-ce", "dice-odds", "balanced-ce", "masked-ce", "js")
     },
     "apgd-t": TargetedAPGD,
-    "fab": lambda *a, **k: FAB(*a, steps=50, **k),
-    "spsa": lambda *a, **k: SPSA(*a, steps=5, samples=80, **k),
-    "square": lambda *a, **k: Square(*a, n_queries=500, **k),
+    "fab": partial(FAB, steps=50),
+    "spsa": partial(SPSA, steps=5, samples=80),
+    "square": partial(Square, n_queries=500),
 }
 DRAWN = ("white-noise", "pgd", "apgd ce", "apgd dice-ce", "apgd balanced-ce", "apgd dice-odds", "fab", "square")
 
@@ -109,7 +110,7 @@ def run(pipeline: Pipeline, method: Method, level: str, name: str, options: argp
             passes = (oracle.forward_passes + oracle.backward_passes).double().mean()
             curve.append((float(passes), float(best.dice.double().mean())))
 
-        best.update = update  # type: ignore[method-assign]
+        vars(best)["update"] = update
         update(torch.arange(0), images[:0], best.dice[:0])
         attack.run(oracle, images, best)
     dice = best.dice
@@ -204,7 +205,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         panel.set_xlabel("passes a sample (forward + backward)")
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("mean Dice of the slices (%)")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as path:

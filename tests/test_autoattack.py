@@ -99,7 +99,7 @@ def test_versions_are_made_of_attacks_with_what_they_share(version):
 def test_the_standard_has_the_budgets_of_the_original():
     members = AutoAttack(ThreatModel("l2", 1.0)).chosen_members()
     assert {name: member.steps for name, member in members.items() if name != "square"} == dict.fromkeys(
-        ("apgd-dice-ce", "apgd-ce", "apgd-dlr", "apgd-t", "fab"), 100
+        ("apgd-dice-ce", "apgd-ce", "apgd-dlr", "apgd-balanced-ce", "apgd-t", "fab"), 100
     )
     assert members["apgd-t"].targets == 9
     assert members["square"].n_queries == 5000
