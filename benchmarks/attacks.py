@@ -85,7 +85,12 @@ def main() -> None:
             {"model": method.title, "level": level, "attack": name, **run(pipeline, method, level, name, options)}
         )
     result = {
-        "command": "python " + shlex.join(["benchmarks/attacks.py", "--samples", str(options.samples)]),
+        "command": "python "
+        + shlex.join(
+            ["benchmarks/attacks.py", "-o", "WORK", "--samples", str(options.samples), "--levels", *options.levels]
+            + ([] if options.attacks == list(ATTACKS) else ["--attacks", *options.attacks])
+            + ["-device", options.device]
+        ),
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "device": options.device},
         "versions": versions(),
         "rows": rows,

@@ -11,7 +11,10 @@ from nnunet_ima.attack_losses import LOSSES
 from nnunet_ima.attacks import ATTACKS, Attack
 from nnunet_ima.attacks.attack import MODES
 from nnunet_ima.errors import UserError
+from nnunet_ima.threat import ThreatModel
 
+# Parts of an attack that may be left out.
+MAY_BE_ZERO = ("targets", "bisections")
 _SHARED = {field.name for field in fields(Attack)}
 
 
@@ -45,12 +48,18 @@ def parse_attack(text: str) -> AttackChoice:
     settings: dict[str, Any] = {}
     for pair in filter(None, budget.split(",")):
         key, _, value = pair.partition("=")
+        if key in settings:
+            raise UserError(f"The attack {name} is given {key} twice: {text!r}.")
         if key in words:
             settings[key] = _read_word(name, key, value, words[key])
         elif key in numbers:
             settings[key] = _read_number(name, key, value, type(numbers[key]))
         else:
             raise UserError(f"The attack {name} has no setting {key!r}; it has {', '.join([*numbers, *words])}.")
+    try:
+        attack(ThreatModel("l2", 0.0), **settings)
+    except ValueError as error:
+        raise UserError(f"The attack {text!r} cannot be: {error}") from error
     return AttackChoice(name, text, partial(attack, **settings))
 
 
@@ -65,7 +74,8 @@ def _read_number(attack: str, key: str, value: str, kind: type) -> Any:
         number = kind(value)
     except ValueError:
         number = kind(0)
-    if not 0 < number < 1e9:
+    allowed = 0 < number < 1e9 or (key in MAY_BE_ZERO and value == "0")
+    if not allowed:
         wanted = "a whole number" if kind is int else "a number"
         raise UserError(f"{attack}:{key} is {value!r}; it must be {wanted} above 0.")
     return number

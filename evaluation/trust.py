@@ -57,20 +57,15 @@ def _never_helps(unperturbed: Outcome, attacked: Sequence[Outcome]) -> list[dict
 
 def _noise_is_weaker(attacked: Sequence[Outcome]) -> list[dict[str, Any]]:
     noise = {outcome.level: _adi(outcome) for outcome in attacked if _kind(outcome) == WHITE_NOISE}
-    beaten = [
-        _name(outcome)
-        for outcome in attacked
-        if _kind(outcome) not in (WHITE_NOISE, *WEAK)
-        and outcome.level in noise
-        and _adi(outcome) > noise[outcome.level] + SLACK
-    ]
-    if not noise or all(_kind(outcome) in (WHITE_NOISE, *WEAK) for outcome in attacked):
+    strong = [o for o in attacked if _kind(o) not in (WHITE_NOISE, *WEAK) and not _content_with_wrong(o)]
+    beaten = [_name(o) for o in strong if o.level in noise and _adi(o) > noise[o.level] + SLACK]
+    if not noise or not strong:
         return []
     return [
         _item(
             "gradients_beat_noise",
             not beaten,
-            "every gradient attack is at least as strong as white noise of the same level",
+            "every attack that goes for the lowest Dice is at least as strong as white noise of the same level",
             f"white noise is stronger than {', '.join(beaten)}: the gradients are of no use to the attack, so the "
             f"robustness shown is not real",
         )
@@ -96,19 +91,30 @@ def _black_box_is_weaker(attacked: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def _lowest(attacked: Sequence[Outcome], kinds: Sequence[str]) -> dict[Level | None, float]:
-    """Lowest ADI of the attacks of these kinds at each level."""
+    """Lowest ADI of the attacks of these kinds at each level, of those that go for the lowest Dice."""
     found: dict[Level | None, float] = {}
     for outcome in attacked:
-        values = [_adi(outcome)] if _kind(outcome) in kinds else []
-        members = outcome.samples[0].by_attack if outcome.samples else {}
-        for name in members:
-            if name.startswith(tuple(kinds)):
-                # What a member was not asked about was finished before it, with this Dice.
-                dice = [s.dice if np.isnan(s.by_attack[name]) else s.by_attack[name] for s in outcome.samples]
+        if _content_with_wrong(outcome):
+            continue
+        values = [_adi(outcome)] if _is_of(_kind(outcome), kinds) else []
+        for name in outcome.samples[0].by_attack if outcome.samples else {}:
+            if _is_of(name, kinds):
+                # A sample that a member was not asked about was at 0 before.
+                dice = [0.0 if np.isnan(s.by_attack[name]) else s.by_attack[name] for s in outcome.samples]
                 values.append(adi(np.array(dice)))
         if values:
             found[outcome.level] = min([*values, found.get(outcome.level, np.inf)])
     return found
+
+
+def _is_of(name: str, kinds: Sequence[str]) -> bool:
+    """Whether an attack or a member, as ``apgd`` or ``apgd-ce``, is of one of these kinds."""
+    return any(name == kind or name.startswith(f"{kind}-") for kind in kinds)
+
+
+def _content_with_wrong(outcome: Outcome) -> bool:
+    """Whether an attack stops where a sample is wrong, so that its mean Dice says little."""
+    return "mode=threshold" in outcome.attack
 
 
 def _more_is_worse(attacked: Sequence[Outcome]) -> list[dict[str, Any]]:

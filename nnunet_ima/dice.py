@@ -80,6 +80,26 @@ class DiceCriterion:
         """Dice (B,) in [0, 1] of ``logits`` (B, K, *spatial), full resolution, against ``target``."""
         return sample_dice(confusion(logits, target, self.labels), self.reduction)
 
+    def check(self, logits: Tensor, target: Tensor) -> None:
+        """Refuse targets that do not belong to what the network gives.
+
+        Raises:
+            ValueError: there is one class only, or a label or a region that the network does not know.
+        """
+        heads, labels = logits.shape[1], self.labels
+        if labels.regions:
+            if target.shape[1] < heads + (labels.ignore_label is not None):
+                raise ValueError(f"the network gives {heads} regions, but the targets have {target.shape[1]} channels.")
+            return
+        if heads == 1:
+            raise ValueError("the network gives one class; it needs background and one more, or Labels(regions=True).")
+        known = target[:, :1][labels.valid(target)]
+        if known.numel() and not 0 <= float(known.min()) <= float(known.max()) < heads:
+            raise ValueError(
+                f"the targets hold labels from {float(known.min()):g} to {float(known.max()):g}, but the network gives "
+                f"{heads} classes, 0 to {heads - 1}; is one of them an ignore label?"
+            )
+
     def is_correct(self, dice: Tensor) -> Tensor:
         """True where a Dice counts as correct."""
         return dice > self.threshold

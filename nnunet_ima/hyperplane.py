@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnunet_ima.lp import per_sample
+from nnunet_ima.lp import lp_norm, per_sample
 from nnunet_ima.threat import ThreatModel
+
+# How far to look where there is no range, in intensities of the image.
+UNBOUNDED = 10.0
+TINY = 1e-12
 
 
 def step_to_hyperplane(points: Tensor, normal: Tensor, gap: Tensor, threat: ThreatModel) -> Tensor:
@@ -41,6 +45,26 @@ def relative_radius(threat: ThreatModel, images: Tensor) -> Tensor:
     radius = threat.radius(images)
     largest = per_sample(radius.flatten(1).amax(1), radius)
     return torch.where(largest > 0, radius / largest.clamp_min(torch.finfo(radius.dtype).tiny), torch.ones_like(radius))
+
+
+def farthest(threat: ThreatModel, images: Tensor) -> Tensor:
+    """Norm (B,), as :func:`size`, of the largest perturbation in the range; without a range ten times the image.
+
+    Never less than ε.
+    """
+    low, high = (bound.expand_as(images) for bound in threat.bounds(images))
+    reach = torch.maximum((images - low).abs(), (high - images).abs())
+    reach = torch.where(torch.isfinite(reach), reach, UNBOUNDED * (1 + images.abs()))
+    return torch.maximum(size(threat, reach, images), threat.radius(images).flatten(1).amax(1))
+
+
+def size(threat: ThreatModel, delta: Tensor, images: Tensor) -> Tensor:
+    """Norm (B,) of ``delta``; for Linf relative to the channels' radii, of which the largest counts as 1."""
+    if threat.norm == "l2":
+        return lp_norm(delta, "l2")
+    relative = relative_radius(threat, images)
+    reach = torch.where(relative > 0, delta.abs() / relative.clamp_min(TINY), torch.zeros_like(delta))
+    return reach.flatten(1).amax(1)
 
 
 def _solve(slope: Tensor, rate: Tensor, room: Tensor, gap: Tensor) -> Tensor:

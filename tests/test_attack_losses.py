@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from tiny_networks import KINDS, make_problem, seeded
 from torch import Tensor
 
-from nnunet_ima.attack_losses import LOSSES, DiceLogOdds, JensenShannon, SegPGD, TargetedDLR, likely_others
+from nnunet_ima.attack_losses import (
+    LOSSES,
+    DiceLogOdds,
+    JensenShannon,
+    SegPGD,
+    TargetedDiceLogOdds,
+    TargetedDLR,
+    likely_others,
+)
+from nnunet_ima.attack_losses.voxels import look_at, true_class
 from nnunet_ima.labels import Labels
 
 kinds = st.sampled_from(sorted(KINDS))
@@ -238,7 +247,48 @@ def test_losses_and_gradients_are_finite_however_sure_the_network_is(name, kind,
 
 
 @few
-@given(kinds, seeds, st.sampled_from([1.0, 30.0, 1000.0]))
+@given(kinds, seeds)
+def test_cospgd_has_the_gradient_of_cross_entropy_in_each_voxel_times_a_weight(kind, seed):
+    problem = make_problem(kind, seed)
+    labels = problem.criterion.labels
+    logits = problem.network(problem.images).detach().requires_grad_(True)
+    voxels = look_at(logits, problem.targets, labels)
+    (entropy,) = torch.autograd.grad(-voxels.log_truth.sum(), logits)
+    (found,) = torch.autograd.grad(LOSSES["cospgd"](labels)(logits, problem.targets).sum(), logits)
+    counted = labels.valid(problem.targets).expand_as(logits) & (entropy.abs() > 1e-4)
+    assert ((found / entropy)[counted] > 0).all()
+
+
+@few
+@given(kinds, seeds)
+def test_targeted_dice_log_odds_are_those_of_a_network_without_the_other_classes(kind, seed):
+    problem = make_problem(kind, seed)
+    labels = problem.criterion.labels
+    logits = problem.network(problem.images).detach()
+    ranking = likely_others(logits, problem.targets, labels)
+    found = TargetedDiceLogOdds(labels)(logits, [problem.targets, ranking[:, :1]])
+    if labels.regions:  # region 0 alone, and the channel of what is ignored
+        alone = torch.cat([problem.targets[:, :1], problem.targets[:, 2:]], 1)
+        expected = DiceLogOdds(labels)(logits[:, :1], alone)
+    else:
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ranking[:, :1], True)
+        kept = kept.scatter(1, true_class(problem.targets, labels), True)
+        expected = DiceLogOdds(labels)(torch.where(kept, logits, -1e6), problem.targets)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_integer_targets_of_deep_supervision_are_no_classes_to_aim_at():
+    problem = make_problem("2d classes", 0)
+    logits = problem.network(problem.images).detach()
+    lists = [
+        [problem.targets.to(kind), problem.targets[:, :, ::2, ::2].to(kind)] for kind in (torch.float, torch.int16)
+    ]
+    one, other = (DiceLogOdds(Labels())([logits, logits[:, :, ::2, ::2]], targets) for targets in lists)
+    assert torch.equal(one, other)
+
+
+@few
+@given(kinds, seeds, st.sampled_from([1.0, 30.0, 1000.0, 1e6]))
 def test_dice_log_odds_have_a_gradient_however_sure_a_network_is_that_is_right(kind, seed, scale):
     """There the soft Dice has none: its gradient is 0 in single precision."""
     problem = make_problem(kind, seed, wrong=0.0)

@@ -40,6 +40,7 @@ from nnunet_ima.attacks.bpgd import BOUNDARY_SEARCHES, Boundary, bisect, generat
 from nnunet_ima.attacks.oracle import Oracle
 from nnunet_ima.attacks.pgd import ascend
 from nnunet_ima.dice import DiceCriterion
+from nnunet_ima.errors import UserError
 from nnunet_ima.losses import SegmentationLoss
 from nnunet_ima.lp import NORMS
 from nnunet_ima.threat import ThreatModel, image_range
@@ -170,6 +171,50 @@ def test_frozen_channels_are_not_touched(attack_name, kind, seed, norm):
     threat = ThreatModel(norm, 1.0, low, high)
     result = SMALL_BUDGET[attack_name](threat, problem.criterion)(problem.network, frozen, problem.targets)
     assert torch.equal(result.images[:, 1], frozen[:, 1])
+
+
+@every_attack
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_and_networks_of_any_precision(attack_name, dtype):
+    problem = make_problem("2d classes", 4)
+    images, network = problem.images.to(dtype), problem.network.eval().to(dtype)
+    threat = threat_for(images.float(), "l2", 1.0)
+    result = SMALL_BUDGET[attack_name](threat, problem.criterion)(network, images, problem.targets)
+    assert result.images.dtype == dtype
+    with torch.no_grad():
+        found = problem.criterion.dice(network(result.images), problem.targets)
+    assert torch.allclose(result.dice, found.float())
+    assert threat.contains(result.images.float(), images.float(), tolerance=1e-2).all()
+
+
+class Blind(nn.Module):
+    """Its output does not depend on the image as far as autograd knows, and is NaN for perturbed images."""
+
+    def __init__(self, images: Tensor, logits: Tensor) -> None:
+        super().__init__()
+        self.images, self.logits = images, logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.where(torch.isclose(images, self.images).all(), self.logits, torch.nan)
+
+
+def test_nan_is_no_success_without_a_gradient_either():
+    problem = make_problem("2d classes", 0)
+    network = Blind(problem.images, problem.network.eval()(problem.images).detach())
+    with pytest.raises(UserError, match="NaN or infinite"):
+        APGD(ThreatModel("l2", 1.0), problem.criterion)(network, problem.images, problem.targets)
+
+
+@every_attack
+@few
+@given(kinds, seeds, norms)
+def test_in_threshold_mode_a_sample_that_is_wrong_costs_nothing(attack_name, kind, seed, norm):
+    problem = make_problem(kind, seed, wrong=0.6)
+    attack = SMALL_BUDGET[attack_name](threat_for(problem.images, norm, 1.0), problem.criterion, mode="threshold")
+    result = attack(problem.network, problem.images, problem.targets)
+    wrong = ~problem.criterion.is_correct(result.clean_dice)
+    assert (result.forward_passes[wrong] == 1).all()
+    assert (result.backward_passes[wrong] == 0).all()
 
 
 @every_attack
@@ -560,6 +605,9 @@ class Score(DiceCriterion):
 
     def dice(self, logits: Tensor, target: Tensor) -> Tensor:
         return torch.sigmoid(-score(logits, target) / 100).double()
+
+    def check(self, logits: Tensor, target: Tensor) -> None:
+        """Any number will do."""
 
 
 def score(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_networks import KINDS, make_problem
 
-from nnunet_ima.attacks import APGD, FAB, PGD, AutoAttack, Square, TargetedAPGD, WhiteNoise
+from nnunet_ima.attacks import APGD, FAB, PGD, SPSA, AutoAttack, Square, TargetedAPGD, WhiteNoise
 from nnunet_ima.attacks.autoattack import VERSIONS
 from nnunet_ima.lp import NORMS
 from nnunet_ima.threat import ThreatModel
@@ -113,6 +113,21 @@ def test_what_cannot_be_is_refused_with_a_sentence():
         twice.chosen_members()
     with pytest.raises(ValueError, match=r"there is no loss 'best'; there are dice-ce, ce"):
         APGD(ANYWHERE, loss="best")
+    with pytest.raises(ValueError, match=r"fab has a loss of its own; leave loss at None"):
+        FAB(ANYWHERE, loss="ce")
+    with pytest.raises(ValueError, match=r"apgd: steps is 2.5; it must be a whole number not below 0"):
+        APGD(ANYWHERE, steps=2.5)
+    with pytest.raises(ValueError, match=r"apgd: eot is 0; it must be at least 1"):
+        APGD(ANYWHERE, eot=0)
+    with pytest.raises(ValueError, match=r"samples is 5; it must be an even number"):
+        SPSA(ANYWHERE, samples=5)
+    problem = make_problem("2d classes", 0)
+    with pytest.raises(ValueError, match=r"labels from 0 to 7, but the network gives 3 classes"):
+        APGD(ANYWHERE)(problem.network, problem.images, torch.where(problem.targets == 1, 7.0, problem.targets))
+    with pytest.raises(ValueError, match=r"gives one class"):
+        APGD(ANYWHERE)(torch.nn.Conv2d(2, 1, 1), problem.images, torch.zeros_like(problem.targets))
+    with pytest.raises(ValueError, match=r"images are of type torch.int64"):
+        APGD(ANYWHERE)(problem.network, problem.images.long(), problem.targets)
     with pytest.raises(ValueError, match=r"mode is 'best'; it must be one of dice, threshold"):
         APGD(ANYWHERE, mode="best")
     with pytest.raises(ValueError, match=r"apgd: schedule is 'best'; it must be one of constant, shrinking"):

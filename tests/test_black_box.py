@@ -1,7 +1,5 @@
 """Square and SPSA: what they do without a gradient."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +9,16 @@ from torch import nn
 
 from nnunet_ima.attacks import SPSA, WhiteNoise
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
-from nnunet_ima.attacks.square import Square, _l2_proposal, _pyramid, _tiles, _two_pyramids, covered_share, side
+from nnunet_ima.attacks.square import (
+    Square,
+    _l2_proposal,
+    _pyramid,
+    _tiles,
+    _two_pyramids,
+    covered_share,
+    odd_side,
+    side,
+)
 from nnunet_ima.lp import NORMS, lp_norm
 from nnunet_ima.seeds import sample_generators
 from nnunet_ima.threat import ThreatModel, image_range
@@ -52,7 +59,7 @@ class Noting(Oracle):
 
     def score(self, images, index, progress=0.0):
         answer = super().score(images, index, progress)
-        self.scores.append((index, answer[0]))
+        self.scores.append((images.clone(), answer[0]))
         return answer
 
 
@@ -73,12 +80,13 @@ def test_the_squares_shrink_as_in_the_paper():
     marks = {1: 1, 11: 2, 51: 4, 201: 8, 501: 16, 1001: 32, 2001: 64, 4001: 128, 6001: 256, 8001: 512}
     for query, divisor in marks.items():
         assert covered_share(0.8, query, 10_000) == pytest.approx(0.8 / divisor)
-        assert covered_share(0.8, query, 10_000) == covered_share(0.8, query, 10_000)
+        assert covered_share(0.8, query, 10_000) == covered_share(0.8, 2 * query, 20_000)
     assert covered_share(0.8, 26, 5_000) == pytest.approx(0.8 / 4)
     assert side(0.25, (40, 40)) == 20
     assert side(0.125, (40, 40, 40)) == 20
     assert side(1e-9, (40, 56)) == 1
     assert side(1.0, (4, 400)) == 3
+    assert [odd_side(0.25, (n, n)) for n in (40, 42, 4, 2)] == [21, 21, 3, 2]
 
 
 @few
@@ -91,9 +99,12 @@ def test_linf_perturbations_are_at_the_surface_everywhere(kind, seed, queries):
     network = Seen(problem.network)
     Square(threat, problem.criterion, n_queries=queries, seed=seed)(network, problem.images, problem.targets)
     low, high = threat.bounds(problem.images)
-    point = network.images[1]  # after the clean image; later ones may be fewer, when samples have left
     above, below = (problem.images + 0.3).minimum(high), (problem.images - 0.3).maximum(low)
-    assert (torch.isclose(point, above) | torch.isclose(point, below)).all()
+    # After the clean image; later ones may be fewer, when samples have left.
+    points = [point for point in network.images[1:] if len(point) == len(problem.images)]
+    assert points
+    for point in points:
+        assert (torch.isclose(point, above) | torch.isclose(point, below)).all()
 
 
 @few
@@ -117,9 +128,9 @@ def test_an_l2_proposal_moves_mass_and_keeps_the_norm(channels, size, seed, shar
         tried = _l2_proposal(delta, share, generator)
         # Few voxels may cancel out; the attack then scales the whole to norm ε.
         assert float(tried.norm()) < 1.001
-        assert side(share, [size] * axes) < 4 or float(tried.norm()) == pytest.approx(1.0, abs=1e-3)
+        assert odd_side(share, [size] * axes) < 4 or float(tried.norm()) == pytest.approx(1.0, abs=1e-3)
         changed = (tried != delta).flatten(1).sum(1)
-        assert (changed <= 2 * side(share, [size] * axes) ** axes).all()
+        assert (changed <= 2 * odd_side(share, [size] * axes) ** axes).all()
 
 
 @few
@@ -132,28 +143,36 @@ def test_the_pattern_is_two_pyramids_of_opposite_sign(length, axes, seed):
     one = _pyramid((length,) * axes)
     assert (one > 0).all()
     assert float(one.max()) == float(one[(length // 2,) * axes])
-    assert torch.allclose(one, one.flip(tuple(range(axes))))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+def test_a_pyramid_is_the_sum_of_nested_boxes():
+    """Built up box by box, around the voxel ⌊n / 2⌋, cut off at the edge."""
+    for shape in ((5, 5), (4, 9), (3, 7), (5, 6, 4), (1, 3)):
+        slow = torch.zeros(shape)
+        for k in range(1, max(shape) // 2 + 2):
+            box = tuple(slice(max(0, n // 2 - k + 1), n // 2 + k) for n in shape)
+            slow[box] += 1 / k**2
+        assert torch.allclose(_pyramid(shape), slow)
+
+
 @few
-@given(kinds, seeds)
-def test_the_kept_loss_never_falls(norm, kind, seed):
-    problem = make_problem(kind, seed)
-    threat = ThreatModel(norm, 1.0)
-    losses = []
-    for queries in (1, 5, 20):
-        attack = Square(threat, problem.criterion, n_queries=queries, seed=seed)
-        problem.network.eval()
-        oracle = Noting(problem.network, problem.targets, attack.loss_function(), problem.criterion)
-        attack.run(oracle, problem.images, BestSoFar(problem.images))
-        best = torch.full((len(problem.images),), -math.inf)
-        for index, loss in oracle.scores:
-            best[index] = torch.maximum(best[index], loss)
-        losses.append(best)
-    # With another budget the squares shrink at other queries; the start is the same.
-    assert (losses[1] >= losses[0]).all()
-    assert (losses[2] >= losses[0]).all()
+@given(seeds)
+def test_each_candidate_is_a_square_away_from_the_best_so_far(seed):
+    """Of all that were scored, the one with the highest loss is kept, and the next is that one but for a square."""
+    problem = make_problem("2d classes", seed, samples=1)
+    problem.network.eval()
+    attack = Square(ThreatModel("linf", 0.05), problem.criterion, n_queries=60, seed=seed)
+    oracle = Noting(problem.network, problem.targets, attack.loss_function(), problem.criterion)
+    best_so_far = BestSoFar(problem.images)
+    attack.run(oracle, problem.images, best_so_far)
+    best, highest = oracle.scores[0]
+    for query, (point, loss) in enumerate(oracle.scores[1:], 1):
+        changed = (~torch.isclose(point, best)).any(1)[0].nonzero()
+        length = side(covered_share(0.8, query, 60), (8, 8))
+        if len(changed):
+            assert ((changed.amax(0) - changed.amin(0)) < length).all()
+        if loss > highest:
+            best, highest = point, loss
 
 
 def test_the_estimate_points_along_the_gradient():
@@ -176,7 +195,7 @@ def test_black_boxes_are_stronger_than_noise(norm):
     """Over many samples, at budgets of some hundred passes."""
     totals = {"noise": 0.0, "square": 0.0, "spsa": 0.0}
     epsilon = 0.15 if norm == "linf" else 1.5
-    for seed in range(3):
+    for seed in range(2):
         problem = make_problem("2d classes", seed, samples=16)
         attacked = problem.network, problem.images, problem.targets
         threat = ThreatModel(norm, epsilon)

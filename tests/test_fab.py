@@ -75,13 +75,13 @@ def test_margins_are_those_of_the_images_and_wrong_there(norm, kind, seed):
 @few
 @given(seeds)
 def test_epsilon_has_no_say_in_the_margins(norm, seed):
-    """Of the first restart, which starts at the clean image."""
+    """Nor has the mode."""
     problem = make_problem("2d classes", seed)
     found = [
-        FAB(ThreatModel(norm, epsilon), problem.criterion, steps=5).margins(
+        FAB(ThreatModel(norm, epsilon), problem.criterion, mode=mode, steps=4, restarts=2).margins(
             problem.network, problem.images, problem.targets
         )
-        for epsilon in (0.0, 0.3, 100.0)
+        for epsilon, mode in ((0.0, "dice"), (0.3, "threshold"), (100.0, "threshold"))
     ]
     assert torch.equal(found[0].norms, found[1].norms)
     assert torch.equal(found[1].norms, found[2].norms)
@@ -128,6 +128,17 @@ def test_more_restarts_find_no_larger_margins(norm, kind, seed):
     ]
     assert (norms[1] <= norms[0]).all()
     assert (norms[2] <= norms[1]).all()
+
+
+@every_norm
+def test_a_boundary_far_away_is_found(norm):
+    """Where the range, or the lack of one, lets it be reached."""
+    network = LinearClassifier(torch.ones(1))
+    images = torch.full((1, 1, 1, 1), 50.0)
+    for low, high in ((-1000.0, 1000.0), (-math.inf, math.inf)):
+        threat = ThreatModel(norm, 0.1, low, high)
+        margins = FAB(threat, DiceCriterion(), steps=30).margins(network, images, torch.ones_like(images))
+        assert float(margins.norms) == pytest.approx(50, rel=0.01)
 
 
 def test_as_an_attack_it_makes_wrong_what_its_margins_allow():

@@ -296,7 +296,7 @@ def test_a_gradient_that_is_no_number_is_reported_and_never_followed():
     criterion = make_problem("2d classes", 0).criterion
     oracle = Oracle(Root(), torch.ones(2, 1, 3, 3), SegmentationLoss(), criterion)
     oracle.ascent(images[:1], torch.tensor([0]))
-    with pytest.raises(UserError, match="a gradient that is NaN or infinite"):
+    with pytest.raises(UserError, match="its loss, or the gradient, is NaN or infinite"):
         oracle.ascent(images, torch.arange(2))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from nnunet_ima.attack_losses.cross_entropy import BalancedMaskedCrossEntropy, CrossEntropy, MaskedCrossEntropy
-from nnunet_ima.attack_losses.dice_log_odds import DiceLogOdds
+from nnunet_ima.attack_losses.dice_log_odds import DiceLogOdds, TargetedDiceLogOdds
 from nnunet_ima.attack_losses.jensen_shannon import JensenShannon
 from nnunet_ima.attack_losses.margin import DLR, LogitMargin, TargetedDLR, likely_others
 from nnunet_ima.attack_losses.weighted import CosPGD, SegPGD
@@ -42,5 +42,6 @@ __all__ = [
     "MaskedCrossEntropy",
     "SegPGD",
     "TargetedDLR",
+    "TargetedDiceLogOdds",
     "likely_others",
 ]

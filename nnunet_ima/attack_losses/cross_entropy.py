@@ -28,7 +28,11 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class MaskedCrossEntropy:
-    """−log p(truth) where the prediction is correct, 0 elsewhere; the mean over all voxels."""
+    """−log p(truth) where the prediction is correct, 0 elsewhere; the mean over all voxels.
+
+    It falls when a voxel turns wrong. SEA's program therefore lets APGD compare steps by the plain cross entropy, and
+    takes only the gradient from this; here APGD compares by this loss itself (so, too, for the balanced one and JS).
+    """
 
     labels: Labels
 

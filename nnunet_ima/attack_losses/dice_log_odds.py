@@ -13,9 +13,6 @@ from nnunet_ima.attack_losses.voxels import true_class, without
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, first
 
-# A logit so far from the others that its probability, or what is missing to 1, is 0.
-NO_PART = 1e4
-
 
 @dataclass(frozen=True)
 class DiceLogOdds:
@@ -32,9 +29,6 @@ class DiceLogOdds:
 
     For a sample without foreground, whose Dice depends on false positives alone, it is the log odds of foreground.
 
-    With targets [target, t], as :class:`~nnunet_ima.attack_losses.margin.TargetedDLR` takes them, it is about the truth
-    and one other class at each voxel alone, or for regions about one region.
-
     Attributes:
         labels: how targets and logits are to be read.
         sharpness: the logits are multiplied by this; the larger, the closer the soft Dice is to the hard one.
@@ -46,42 +40,57 @@ class DiceLogOdds:
     def __call__(self, outputs: Outputs, targets: Outputs) -> Tensor:
         """Loss (B,) of the full-resolution output; 0, without a gradient, where all voxels are ignored."""
         logits, target = self.sharpness * first(outputs).float(), first(targets)
-        if not isinstance(targets, Tensor) and len(targets) > 1 and not targets[1].is_floating_point():
-            logits = _only(logits, target, targets[1], self.labels)
+        valid, truth = self.labels.valid(target), self.labels.one_hot(target, logits.shape[1])
+        return _of_regions(logits, truth, valid) if self.labels.regions else _of_classes(logits, truth, valid)
+
+
+@dataclass(frozen=True)
+class TargetedDiceLogOdds:
+    """The same as if there were no class but the truth and one other at each voxel, or no region but one.
+
+    ``targets`` are [target, t], as :class:`~nnunet_ima.attack_losses.margin.TargetedDLR` takes them; of regions t is
+    the same at every voxel.
+
+    Attributes:
+        labels, sharpness: as for :class:`DiceLogOdds`.
+    """
+
+    labels: Labels
+    sharpness: float = 1.0
+
+    def __call__(self, outputs: Outputs, targets: Outputs) -> Tensor:
+        """Loss (B,) of the full-resolution output; 0, without a gradient, where all voxels are ignored."""
+        if isinstance(targets, Tensor):
+            raise ValueError("a targeted loss needs the targets and, beside them, a class for each voxel.")
+        logits, (target, towards) = self.sharpness * first(outputs).float(), targets
         valid, truth = self.labels.valid(target), self.labels.one_hot(target, logits.shape[1])
         if self.labels.regions:
-            background = functional.logsigmoid(-logits)
-            right = functional.logsigmoid(torch.where(truth, logits, -logits))
-            wrong = functional.logsigmoid(torch.where(truth, -logits, logits))
-            inside = truth
-        else:
-            background = logits.log_softmax(1)[:, :1]
-            right, wrong, inside = _of_foreground_classes(logits, target, self.labels)
-        has_foreground = (inside & valid).flatten(1).any(1)
-        hits = _log_sum(right, inside & valid) + math.log(2)
-        misses = _log_sum(wrong, valid.expand_as(wrong))
-        silence = _log_sum(background, valid.expand_as(background))
-        odds = torch.where(has_foreground, misses - hits, misses - silence)
-        return torch.where(valid.flatten(1).any(1), odds, torch.zeros_like(odds))
+            return _of_regions(logits.gather(1, towards), truth.gather(1, towards), valid)
+        kept = torch.zeros_like(truth).scatter(1, true_class(target, self.labels), True).scatter(1, towards, True)
+        return _of_classes(torch.where(kept, logits, torch.full_like(logits, -torch.inf)), truth, valid)
 
 
-def _only(logits: Tensor, target: Tensor, towards: Tensor, labels: Labels) -> Tensor:
-    """Logits at which no class but the truth and ``towards``, or no region but that, has any part in the Dice."""
-    if labels.regions:
-        silent = torch.where(labels.one_hot(target, logits.shape[1]), NO_PART, -NO_PART)
-        return silent.to(logits).scatter(1, towards, logits.gather(1, towards))
-    kept = torch.zeros_like(logits, dtype=torch.bool)
-    kept = kept.scatter(1, true_class(target, labels), True).scatter(1, towards, True)
-    return torch.where(kept, logits, torch.full_like(logits, -NO_PART))
+def _of_regions(logits: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    right = functional.logsigmoid(torch.where(truth, logits, -logits))
+    wrong = functional.logsigmoid(torch.where(truth, -logits, logits))
+    return _log_odds(right, wrong, truth, functional.logsigmoid(-logits), valid)
 
 
-def _of_foreground_classes(logits: Tensor, target: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
-    """Log probabilities of right and wrong (B, K − 1, *spatial) for each foreground class, and where the class is."""
+def _of_classes(logits: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     log_probability = logits.log_softmax(1)
-    inside = labels.one_hot(target, logits.shape[1])[:, 1:]
-    others = _log_complement(log_probability)[:, 1:]
-    own = log_probability[:, 1:]
-    return torch.where(inside, own, others), torch.where(inside, others, own), inside
+    own, others, inside = log_probability[:, 1:], _log_complement(log_probability)[:, 1:], truth[:, 1:]
+    right, wrong = torch.where(inside, own, others), torch.where(inside, others, own)
+    return _log_odds(right, wrong, inside, log_probability[:, :1], valid)
+
+
+def _log_odds(right: Tensor, wrong: Tensor, inside: Tensor, background: Tensor, valid: Tensor) -> Tensor:
+    """From log probabilities of right and wrong (B, F, *spatial), where foreground is, and those of background."""
+    hits = _log_sum(right, inside & valid) + math.log(2)
+    misses = _log_sum(wrong, valid.expand_as(wrong))
+    silence = _log_sum(background, valid.expand_as(background))
+    has_foreground = (inside & valid).flatten(1).any(1)
+    odds = torch.where(has_foreground, misses - hits, misses - silence)
+    return torch.where(valid.flatten(1).any(1), odds, torch.zeros_like(odds))
 
 
 def _log_complement(log_probability: Tensor) -> Tensor:
@@ -93,6 +102,11 @@ def _log_complement(log_probability: Tensor) -> Tensor:
 
 
 def _log_sum(logs: Tensor, where: Tensor) -> Tensor:
-    """log Σ exp(``logs``) (B,) over the entries ``where``; a number far below any other where there are none."""
-    kept = torch.where(where, logs, torch.full_like(logs, -2 * NO_PART))
-    return kept.flatten(1).logsumexp(1)
+    """log Σ exp(``logs``) (B,) over the entries ``where``; 0 where there are none."""
+    # An entry of minus infinity adds nothing, and where all are the gradient would be NaN.
+    where = where & torch.isfinite(logs)
+    any_there = where.flatten(1).any(1)
+    there = where | ~any_there.reshape(-1, *[1] * (where.ndim - 1))
+    finite = torch.where(torch.isfinite(logs), logs, torch.zeros_like(logs))
+    kept = torch.where(there, finite, torch.full_like(logs, -torch.inf)).flatten(1).logsumexp(1)
+    return torch.where(any_there, kept, torch.zeros_like(kept))

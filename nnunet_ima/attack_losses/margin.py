@@ -35,7 +35,8 @@ class LogitMargin:
 class DLR:
     """Difference of logits ratio, (max_{c≠y} z_c − z_y) / (z_π1 − z_π3), π sorting the logits from the highest.
 
-    With fewer than three logits, and for regions, there is no third one: it is the logit margin.
+    With fewer than three logits, and for regions, there is no third one: it is the logit margin. A voxel whose three
+    highest logits are nearly equal outweighs all others; in classification, with one of them, that does not matter.
     """
 
     labels: Labels

@@ -16,6 +16,8 @@ from nnunet_ima.losses import Outputs, first
 class SegPGD:
     """(1 − λ) · cross entropy of correct voxels + λ · that of wrong ones; λ grows from 0 to 1/2 during the attack.
 
+    APGD, which compares losses of different steps, then compares them under slightly different λ.
+
     Gu, Zhao, Tresp & Torr 2022, https://arxiv.org/abs/2207.12391, Eq. 4: λ(t) = (t − 1) / 2T.
 
     Attributes:
@@ -41,7 +43,7 @@ class CosPGD:
     """Cross entropy, each voxel weighted with the cosine between its probabilities and the truth.
 
     Agnihotri, Jung & Keuper 2024, https://arxiv.org/abs/2302.02213, Eq. 5, with softmax probabilities; for a region
-    those of inside and outside. The gradient flows through the weights, too, as in the authors' program.
+    those of inside and outside. No gradient flows through the weights, as in the authors' program.
     """
 
     labels: Labels
@@ -54,4 +56,5 @@ class CosPGD:
             length = torch.stack([voxels.log_truth, voxels.log_wrong]).exp().norm(dim=0)
         else:
             length = logits.softmax(1).norm(dim=1, keepdim=True)
-        return voxels.mean(-voxels.log_truth * voxels.log_truth.exp() / length)
+        cosine = (voxels.log_truth.exp() / length).detach()
+        return voxels.mean(-voxels.log_truth * cosine)

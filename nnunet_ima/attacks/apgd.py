@@ -35,8 +35,8 @@ class APGD(Attack):
         schedule: ``constant``, or ``shrinking``, which is that of SEA (https://arxiv.org/abs/2306.12941, "red-ε"): 30 %
             of the steps in a ball of 2ε, 30 % in one of 1.5ε, and the rest in that of ε, each part a run of Algorithm 1
             from where the part before found the lowest Dice. What is outside the ball of ε earns nothing.
-        eot: loss and gradient are the mean over this many passes (expectation over transformation, Athalye et al. 2018,
-            https://arxiv.org/abs/1802.00420); 20 for networks that draw random numbers, as in AutoAttack.
+        eot: loss, gradient and Dice are the mean over this many passes (expectation over transformation, Athalye et al.
+            2018, https://arxiv.org/abs/1802.00420); 20 for networks that draw random numbers, as in AutoAttack.
     """
 
     name: ClassVar[str] = "apgd"
@@ -45,6 +45,16 @@ class APGD(Attack):
     restarts: int = 1
     schedule: str = "constant"
     eot: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eot < 1:
+            raise ValueError(f"apgd: eot is {self.eot}; it must be at least 1.")
+
+    @property
+    def repeats(self) -> int:
+        """See :attr:`Attack.repeats`."""
+        return self.eot
 
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
@@ -78,7 +88,7 @@ class APGD(Attack):
         marks = checkpoints(steps)
         since_mark = {mark: mark - earlier for earlier, mark in pairwise(marks)}
         for step in range(steps):
-            answer = oracle.ascent(state.point, state.index, progress=(done + step) / self.steps, repeats=self.eot)
+            answer = oracle.ascent(state.point, state.index, progress=(done + step) / self.steps)
             state.record(answer.loss, answer.gradient, raised_counts=step > 0)
             if step in since_mark:
                 state.halve_where_stuck(since_mark[step])

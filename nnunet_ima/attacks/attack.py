@@ -90,11 +90,17 @@ class Attack(ABC):
                 raise ValueError(
                     f"{self.name}: {setting} is {getattr(self, setting)!r}; it must be one of {', '.join(allowed)}."
                 )
+        if self.loss is not None and not self.climbs:
+            raise ValueError(f"{self.name} has a loss of its own; leave loss at None.")
         shared = {field.name for field in fields(Attack)}
         for budget in fields(self):
             value = getattr(self, budget.name)
-            if budget.name not in shared and isinstance(value, (int, float)) and not 0 <= value < math.inf:
-                raise ValueError(f"{self.name}: {budget.name} is {value}; it must be a number not below 0.")
+            if budget.name in shared or not isinstance(budget.default, (int, float)):
+                continue
+            wanted = int if isinstance(budget.default, int) else (int, float)
+            if not isinstance(value, wanted) or not 0 <= value < math.inf:
+                kind = "whole number" if wanted is int else "number"
+                raise ValueError(f"{self.name}: {budget.name} is {value}; it must be a {kind} not below 0.")
 
     def __call__(self, network: nn.Module, images: Tensor, targets: Outputs) -> AttackResult:
         """Attack ``images`` (B, C, *spatial) of ``network`` with ``targets`` (B, 1 or R, *spatial).
@@ -106,8 +112,9 @@ class Attack(ABC):
         """
         with self.session(network, images, targets) as (oracle, best):
             clean_dice = best.dice.clone()
-            self.run(oracle, images.detach(), best)
-        return AttackResult(best.images, best.dice, clean_dice, oracle.forward_passes, oracle.backward_passes)
+            self.run(oracle, images.detach().to(best.images), best)
+        found = best.images.to(images.dtype)
+        return AttackResult(found, best.dice, clean_dice, oracle.forward_passes, oracle.backward_passes)
 
     @contextmanager
     def session(self, network: nn.Module, images: Tensor, targets: Outputs) -> Iterator[tuple[Oracle, BestSoFar]]:
@@ -117,18 +124,20 @@ class Attack(ABC):
             ValueError: as :meth:`__call__`.
         """
         check_batch(images, targets)
-        images = images.detach()
-        start = self.threat.project(images, images)
+        # The search needs more digits than half precision has.
+        searched = images.detach() if images.dtype in (torch.float32, torch.float64) else images.detach().float()
+        start = self.threat.project(searched, searched)
         best = BestSoFar(start)
         with undisturbed(network):
             oracle = Oracle(
-                network=network,
+                network=network if searched.dtype == images.dtype else _InDtype(network, images.dtype),
                 targets=targets,
                 loss=self.loss_function(),
                 criterion=self.criterion,
                 chunk=self.chunk,
                 autocast=self.autocast,
                 best=best,
+                repeats=self.repeats,
             )
             oracle.dice(start, torch.arange(len(images), device=images.device))
             yield oracle, best
@@ -136,6 +145,11 @@ class Attack(ABC):
     @abstractmethod
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """Search; whatever is asked of ``oracle`` is offered to ``best``, which holds the clean images at the start."""
+
+    @property
+    def repeats(self) -> int:
+        """Passes over which each answer of the network is averaged; one, if it draws no random numbers."""
+        return 1
 
     def loss_function(self) -> LossFunction:
         """What is ascended."""
@@ -152,11 +166,25 @@ class Attack(ABC):
         return self.criterion.is_correct(dice) if self.mode == "threshold" else dice > 0
 
 
+class _InDtype(nn.Module):
+    """A network that is asked in another precision than the attack searches in."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, images: Tensor) -> Outputs:
+        answer: Outputs = self.network(images.to(self.dtype))
+        return answer
+
+
 def check_batch(images: Tensor, targets: Outputs) -> None:
     """Refuse what cannot be attacked."""
     target = first(targets)
     if images.ndim not in (4, 5):
         raise ValueError(f"images have shape {tuple(images.shape)}; (B, C, H, W) or (B, C, D, H, W) is needed.")
+    if not images.is_floating_point():
+        raise ValueError(f"images are of type {images.dtype}; floating point is needed.")
     if target.shape[0] != images.shape[0] or target.shape[2:] != images.shape[2:]:
         raise ValueError(f"targets have shape {tuple(target.shape)}, which does not fit images {tuple(images.shape)}.")
     if not bool(torch.isfinite(images).all()):

@@ -84,9 +84,14 @@ class AutoAttack(Attack):
         """See :meth:`Attack.__call__`."""
         with self.session(network, images, targets) as (oracle, best):
             clean_dice = best.dice.clone()
-            by_attack = self._run_members(oracle, images.detach(), best)
+            by_attack = self._run_members(oracle, images.detach().to(best.images), best)
         return AutoAttackResult(
-            best.images, best.dice, clean_dice, oracle.forward_passes, oracle.backward_passes, by_attack
+            best.images.to(images.dtype),
+            best.dice,
+            clean_dice,
+            oracle.forward_passes,
+            oracle.backward_passes,
+            by_attack,
         )
 
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
@@ -117,7 +122,7 @@ class AutoAttack(Attack):
             # What is finished here is finished for the member, which then leaves it alone.
             own.dice = torch.where(attacked, clean_dice, best.dice)
             before = oracle.forward_passes.clone(), oracle.backward_passes.clone()
-            member.run(oracle.under(loss=member.loss_function(), best=own), images, own)
+            member.run(oracle.under(loss=member.loss_function(), best=own, repeats=member.repeats), images, own)
             forward, backward = oracle.forward_passes - before[0], oracle.backward_passes - before[1]
             index = attacked.nonzero()[:, 0]
             best.update(index, own.images[index], own.dice[index])

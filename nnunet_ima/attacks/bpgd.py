@@ -75,7 +75,7 @@ def generate_adversarial(
         if last:
             dice = oracle.dice(point, index[active])
         else:
-            answer = oracle.ascent(point, index[active])
+            answer = oracle.ascent(point, index[active], progress=step / steps)
             dice = answer.dice
         correct = criterion.is_correct(dice)
         wrong_side[active[~correct]] = point[~correct]

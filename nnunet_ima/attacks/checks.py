@@ -18,8 +18,8 @@ from nnunet_ima.attack_losses import LOSSES
 from nnunet_ima.attack_losses.voxels import look_at
 from nnunet_ima.attacks.apgd import APGD
 from nnunet_ima.dice import DiceCriterion
+from nnunet_ima.hyperplane import farthest
 from nnunet_ima.losses import Outputs
-from nnunet_ima.lp import lp_norm
 from nnunet_ima.threat import ThreatModel
 
 RUNS = 3
@@ -62,19 +62,21 @@ def check_network(
         ValueError, UserError: as an attack does.
     """
     # Far away from the image the margin is the loss that loses its way least: it never fades.
+    if not len(images):
+        return []
     attack = APGD(huge(threat, images), criterion, "margin", seed=seed, chunk=chunk, steps=STEPS_AT_HUGE_EPSILON)
     index = torch.arange(len(images), device=images.device)
     with attack.session(network, images, targets) as (oracle, best):
         start, before = best.images.clone(), _state(network)
         with watched() as used:
             runs = [oracle.logits(start, index) for _ in range(RUNS)]
-        stays = all(torch.equal(was, now) for was, now in zip(before, _state(network), strict=True))
+        stays = all(_equal(was, now) for was, now in zip(before, _state(network), strict=True))
         gradient = oracle.under(LOSSES["dice-ce"](criterion.labels)).ascent(start, index).gradient
         clean = best.dice.clone()
         attack.run(oracle, images.detach(), best)
     moves = torch.where(threat.perturbable(images), gradient, torch.zeros_like(gradient)).flatten(1).abs().amax(1) > 0
-    # Of a sample whose Dice is 0 nothing is wanted.
-    flat = ~moves & (clean > 0)
+    # Of a sample whose Dice is 0, or all of whose voxels are ignored, nothing is wanted.
+    flat = ~moves & (clean > 0) & criterion.labels.valid(oracle.target).flatten(1).any(1)
     return [
         _same_output(runs),
         _logits(runs[0], criterion),
@@ -105,9 +107,7 @@ def check_network(
 
 def huge(threat: ThreatModel, images: Tensor) -> ThreatModel:
     """The same threat model with an ε that reaches every image of the range, or with no range, ten times the image."""
-    low, high = (bound.expand_as(images) for bound in threat.bounds(images))
-    reach = torch.where(torch.isfinite(high - low), high - low, 10 * (1 + images.abs()))
-    return threat.with_epsilon(lp_norm(reach, threat.norm))
+    return threat.with_epsilon(farthest(threat.with_epsilon(0.0), images))
 
 
 def _same_output(runs: list[Tensor]) -> Finding:
@@ -152,13 +152,21 @@ def _finding(name: str, passed: bool, good: str, bad: str) -> Finding:
     return Finding(name, passed, good if passed else bad)
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Equal entry by entry, where NaN equals NaN."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
 def _state(network: nn.Module) -> list[Tensor]:
     return [value.detach().clone() for value in network.state_dict().values() if isinstance(value, Tensor)]
 
 
 @contextmanager
 def watched() -> Iterator[set[str]]:
-    """The names of those functions of autograd that are called meanwhile: a prediction needs none of them."""
+    """The names of those functions of autograd that are called meanwhile: a prediction needs none of them.
+
+    A network that has imported such a function by name calls it unseen.
+    """
     used: set[str] = set()
     places: list[tuple[Any, str, str]] = [
         (torch.autograd, "grad", "torch.autograd.grad"),

@@ -10,20 +10,19 @@ turned out right and the lowest of one that turned out wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_ima.attack_losses import DiceLogOdds
+from nnunet_ima.attack_losses import DiceLogOdds, TargetedDiceLogOdds
 from nnunet_ima.attacks.apgd_targeted import rank_other_classes
 from nnunet_ima.attacks.attack import Attack
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
-from nnunet_ima.hyperplane import relative_radius, step_to_hyperplane
+from nnunet_ima.hyperplane import farthest, relative_radius, size, step_to_hyperplane
 from nnunet_ima.losses import Outputs
-from nnunet_ima.lp import lp_norm, per_sample, random_on_sphere
+from nnunet_ima.lp import per_sample, random_on_sphere
 from nnunet_ima.seeds import sample_generators
 from nnunet_ima.threat import ThreatModel
 
@@ -36,8 +35,8 @@ FIRST_RISE = 0.05
 # Factors of the logits, each for a part of the steps: far from the boundary a soft Dice shows the way, close to it only
 # a sharp one tells where it is.
 SHARPNESS = (1.0, 2.0, 4.0)
-# No image is looked at that is further away than this, in norms of the clean one; only where there is no range.
-FARTHEST = 10.0
+# Where restarts begin while no wrong point is known, as a share of what the range allows.
+FIRST_START = 0.1
 
 
 class Margins(NamedTuple):
@@ -80,7 +79,7 @@ class FAB(Attack):
 
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
-        self._search(oracle, images, best)
+        self._search(oracle, images, best, within_epsilon=True)
 
     def margins(self, network: nn.Module, images: Tensor, targets: Outputs) -> Margins:
         """Smallest perturbations that make samples wrong, whatever ``threat.epsilon``; the range is kept.
@@ -88,47 +87,56 @@ class FAB(Attack):
         Args: as for :meth:`__call__`.
         """
         with self.session(network, images, targets) as (oracle, best):
-            return self._search(oracle, images.detach(), best)
+            return self._search(oracle, images.detach().to(best.images), best, within_epsilon=False)
 
-    def _search(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> Margins:
+    def _search(self, oracle: Oracle, images: Tensor, best: BestSoFar, within_epsilon: bool) -> Margins:
+        """Algorithm 1 for all aims; with ``within_epsilon`` only while something can be gained within the ball."""
         start = self.threat.project(images, images)
         wrong = ~self.criterion.is_correct(best.dice)
         norms = torch.where(wrong, 0.0, torch.inf).to(images)
         closest = start.clone()
         outside = oracle.under(best=BestSoFar(start))
-        aims = list(self._aims(oracle, start, norms))
+        ranking: Tensor | None = None
         for restart in range(self.restarts):
-            for run, towards in enumerate(aims):
-                index = self._to_be_improved(best, norms)
+            for run in range(1 + self.targets):
+                index = self._to_be_improved(best, norms, within_epsilon)
+                if not len(index):
+                    break
+                if run and ranking is None:
+                    right = (norms > 0).nonzero()[:, 0]
+                    ranking = rank_other_classes(oracle, start, right, self.criterion.labels)
+                if run and ranking is not None and run > ranking.shape[1]:
+                    break
+                towards = ranking[:, run - 1 : run] if run and ranking is not None else None
                 walk = _Walk(self, outside, towards, best, images, start, index, norms, closest)
-                walk.begin(restart, run)
-                for step in range(self.steps if len(index) else 0):
+                walk.begin(restart, run, within_epsilon)
+                for step in range(self.steps):
                     walk.sharpen(SHARPNESS[step * len(SHARPNESS) // self.steps])
                     walk.step()
-        self._bisect(outside, best, images, start, norms, closest)
+                    walk.index = self._to_be_improved(best, norms, within_epsilon)
+        index = self._to_be_improved(best, norms, within_epsilon)
+        self._bisect(outside, best, images, start, norms, closest, index)
         return Margins(closest, norms)
 
-    def _aims(self, oracle: Oracle, start: Tensor, norms: Tensor) -> Iterator[Tensor | None]:
-        """None for any wrong segmentation, then classes (B, 1, *spatial) to aim at."""
-        yield None
-        index = (norms > 0).nonzero()[:, 0]
-        if self.targets and len(index):
-            ranking = rank_other_classes(oracle, start, index, self.criterion.labels)
-            for rank in range(min(self.targets, ranking.shape[1])):
-                yield ranking[:, rank : rank + 1]
-
-    def _to_be_improved(self, best: BestSoFar, norms: Tensor) -> Tensor:
-        """Samples that are right untouched, and in mode ``threshold`` not wrong within ε yet."""
+    def _to_be_improved(self, best: BestSoFar, norms: Tensor, within_epsilon: bool) -> Tensor:
+        """Samples that are right untouched; and if only the ball counts, not finished within it."""
         wanted = norms > 0
-        if self.mode == "threshold":
+        if within_epsilon:
             wanted = wanted & self.unfinished(best.dice)
         return wanted.nonzero()[:, 0]
 
     def _bisect(
-        self, oracle: Oracle, best: BestSoFar, images: Tensor, start: Tensor, norms: Tensor, closest: Tensor
+        self,
+        oracle: Oracle,
+        best: BestSoFar,
+        images: Tensor,
+        start: Tensor,
+        norms: Tensor,
+        closest: Tensor,
+        index: Tensor,
     ) -> None:
         """The paper's final search, on the way from the clean image to the closest wrong point."""
-        index = ((norms > 0) & torch.isfinite(norms)).nonzero()[:, 0]
+        index = index[torch.isfinite(norms[index])]
         right = start[index]
         for _ in range(self.bisections if len(index) else 0):
             middle = (right + closest[index]) / 2
@@ -162,13 +170,16 @@ class _Walk:
         self.sharpness = torch.full((len(start),), SHARPNESS[0]).to(start)
         self.point = start.clone()
 
-    def begin(self, restart: int, run: int) -> None:
-        """Choose where to start: restarts begin halfway to the best so far, or to the surface of the ball."""
+    def begin(self, restart: int, run: int, within_epsilon: bool) -> None:
+        """Choose where to start: restarts begin halfway to the best so far, or to the ball's surface if it counts."""
         if restart == 0:
             return
         threat, clean = self.attack.threat.select(self.index), self.start[self.index]
         generators = sample_generators(clean, self.attack.seed, self.attack.name, run, restart)
-        radius = torch.minimum(threat.radius(clean).flatten(1).amax(1), self.norms[self.index])
+        known = torch.where(
+            self.norms.isinf()[self.index], FIRST_START * farthest(threat, clean), self.norms[self.index]
+        )
+        radius = torch.minimum(threat.radius(clean).flatten(1).amax(1), known) if within_epsilon else known
         noise = random_on_sphere(
             clean, threat.norm, relative_radius(threat, clean), generators, threat.perturbable(clean)
         )
@@ -185,10 +196,10 @@ class _Walk:
         """One iteration of Algorithm 1 for all samples, those with the same loss together."""
         for sharpness in sorted(set(self.sharpness[self.index].tolist())):
             group = self.index[self.sharpness[self.index] == sharpness]
-            loss = DiceLogOdds(self.attack.criterion.labels, sharpness)
+            labels = self.attack.criterion.labels
+            aimed = self.towards is not None
+            loss = TargetedDiceLogOdds(labels, sharpness) if aimed else DiceLogOdds(labels, sharpness)
             self._step(self.oracle.under(loss, beside=self.towards), group)
-        if self.attack.mode == "threshold":
-            self.index = self.index[self.attack.unfinished(self.best.dice[self.index])]
 
     def _step(self, oracle: Oracle, index: Tensor) -> None:
         """One iteration of Algorithm 1, and what it teaches about the level of the boundary."""
@@ -209,7 +220,7 @@ class _Walk:
         bias = per_sample(torch.where(torch.isfinite(self.norms[index]), bias, torch.zeros_like(bias)), point)
         moved = (1 - bias) * (point + OVERSHOOT * from_point) + bias * (clean + OVERSHOOT * from_clean)
         # Further away than the closest wrong point there is nothing to be found.
-        limit = torch.minimum(self.norms[index], FARTHEST * (1 + size(threat, clean, clean)))
+        limit = torch.minimum(self.norms[index], farthest(threat, clean))
         moved = moved.nan_to_num(0.0, 1e6, -1e6)
         reach = size(threat, moved - clean, clean)
         moved = clean + per_sample((limit / reach.clamp_min(1e-12)).clamp(max=1.0), moved) * (moved - clean)
@@ -258,15 +269,6 @@ class _Level:
     def forget(self, index: Tensor) -> None:
         """Start anew."""
         self.right[index], self.wrong[index], self.rise[index] = -torch.inf, torch.inf, FIRST_RISE
-
-
-def size(threat: ThreatModel, delta: Tensor, images: Tensor) -> Tensor:
-    """Norm (B,) of ``delta``; for Linf relative to the channels' radii, of which the largest counts as 1."""
-    if threat.norm == "l2":
-        return lp_norm(delta, "l2")
-    relative = relative_radius(threat, images)
-    reach = torch.where(relative > 0, delta.abs() / relative.clamp_min(1e-12), torch.zeros_like(delta))
-    return reach.flatten(1).amax(1)
 
 
 def credit(threat: ThreatModel, best: BestSoFar, images: Tensor, points: Tensor, dice: Tensor, index: Tensor) -> None:

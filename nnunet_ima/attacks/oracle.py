@@ -57,6 +57,10 @@ class Oracle:
             for different batch sizes, and 100 steps amplify that. None runs whatever is asked in one go.
         autocast: makes the context in which the network runs (mixed precision on CUDA).
         best: where to keep the best points; None keeps none.
+        repeats: answer with the mean over this many passes, for a network that draws random numbers: of a single lucky
+            draw nothing is kept.
+
+    A pass that has to be repeated in single precision, because half precision overflowed, counts once.
     """
 
     def __init__(
@@ -68,7 +72,10 @@ class Oracle:
         chunk: int | None = None,
         autocast: Autocast = nullcontext,
         best: BestSoFar | None = None,
+        repeats: int = 1,
     ) -> None:
+        self._repeats = repeats
+        self._readable = False
         self._network = network
         self._targets = targets
         self._loss = loss
@@ -86,7 +93,11 @@ class Oracle:
         return first(self._targets)
 
     def under(
-        self, loss: LossFunction | None = None, beside: Tensor | None = None, best: BestSoFar | None = None
+        self,
+        loss: LossFunction | None = None,
+        beside: Tensor | None = None,
+        best: BestSoFar | None = None,
+        repeats: int | None = None,
     ) -> Oracle:
         """The same oracle with another loss, whose passes count with this one's.
 
@@ -94,6 +105,7 @@ class Oracle:
             loss: what :meth:`ascent` and :meth:`score` answer with; None for the same.
             beside: a tensor (B, ...) that the loss finds behind the targets: it gets [target, beside].
             best: where to keep the best points instead, for points that must not count: outside the threat model.
+            repeats: as for the class; None for the same.
         """
         other = copy.copy(self)
         if loss is not None:
@@ -102,6 +114,8 @@ class Oracle:
             other._targets = [self.target, beside]
         if best is not None:
             other._best = best
+        if repeats is not None:
+            other._repeats = repeats
         return other
 
     def logits(self, images: Tensor, index: Tensor) -> Tensor:
@@ -122,14 +136,20 @@ class Oracle:
         Raises:
             UserError: the output is NaN or infinite, in single precision too.
         """
-        loss, losses, dice = self._loss_at(progress), [], []
-        with torch.no_grad():
+        loss = self._loss_at(progress)
+
+        def once() -> tuple[Tensor, Tensor]:
+            losses, dice = [], []
             for part, targets, real in self._parts(images, index):
                 logits = finite_logits(self._network, part, self._autocast, real)
                 # A black box shows its prediction, not what deep supervision makes of it.
                 losses.append(loss(logits, targets)[:real])
                 dice.append(self._dice(logits, targets)[:real])
-        return _cat(losses, images), self._record(images, index, _cat(dice, images))
+            return _cat(losses, images), _cat(dice, images)
+
+        with torch.no_grad():
+            losses, dice = self._mean(once)
+        return losses, self._record(images, index, dice)
 
     def dice(self, images: Tensor, index: Tensor) -> Tensor:
         """Dice (n,) of ``images`` (n, C, *spatial), which are candidates for the samples ``index`` (n,).
@@ -138,30 +158,38 @@ class Oracle:
             UserError: the output is NaN or infinite, in single precision too.
         """
         with torch.no_grad():
-            parts = [self._dice_of(*part) for part in self._parts(images, index)]
-        return self._record(images, index, _cat(parts, images))
+            (dice,) = self._mean(lambda: (_cat([self._dice_of(*part) for part in self._parts(images, index)], images),))
+        return self._record(images, index, dice)
 
-    def ascent(self, images: Tensor, index: Tensor, progress: float = 0.0, repeats: int = 1) -> Ascent:
+    def ascent(self, images: Tensor, index: Tensor, progress: float = 0.0) -> Ascent:
         """Loss, gradient and Dice at ``images`` (n, C, *spatial) for the samples ``index`` (n,).
 
         Args:
             images: candidates for the samples.
             index: of the samples.
             progress: share of the attack that is over, in [0, 1], for a loss that changes during it.
-            repeats: answer with the mean over this many passes, for a network that draws random numbers.
 
         Raises:
-            UserError: the gradient is NaN or infinite, in single precision too.
+            UserError: the loss or its gradient is NaN or infinite, in single precision too.
         """
-        if repeats > 1:
-            return Ascent(*(torch.stack(values).mean(0) for values in zip(
-                *(self.ascent(images, index, progress) for _ in range(repeats)), strict=True)))  # fmt: skip
         loss = self._loss_at(progress)
-        parts = [self._ascent_of(loss, *part) for part in self._parts(images, index)]
-        dice = self._record(images, index, _cat([p.dice for p in parts], images))
+
+        def once() -> tuple[Tensor, Tensor, Tensor]:
+            parts = [self._ascent_of(loss, *part) for part in self._parts(images, index)]
+            gradient = torch.cat([p.gradient for p in parts]) if parts else torch.zeros_like(images)
+            return _cat([p.loss for p in parts], images), gradient, _cat([p.dice for p in parts], images)
+
+        losses, gradient, dice = self._mean(once)
         self._count(self.backward_passes, index)
-        gradient = torch.cat([p.gradient for p in parts]) if parts else torch.zeros_like(images)
-        return Ascent(_cat([p.loss for p in parts], images), gradient, dice)
+        return Ascent(losses, gradient, self._record(images, index, dice))
+
+    def _mean(self, once: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The mean of what ``once`` answers, over the repeats."""
+        if self._repeats == 1:
+            return once()
+        return tuple(
+            torch.stack(values).mean(0) for values in zip(*(once() for _ in range(self._repeats)), strict=True)
+        )
 
     def _record(self, images: Tensor, index: Tensor, dice: Tensor) -> Tensor:
         self._count(self.forward_passes, index)
@@ -170,7 +198,7 @@ class Oracle:
         return dice
 
     def _count(self, passes: Tensor, index: Tensor) -> None:
-        passes.index_add_(0, index.cpu(), torch.ones(len(index), dtype=torch.long))
+        passes.index_add_(0, index.cpu(), torch.full((len(index),), self._repeats, dtype=torch.long))
 
     def _loss_at(self, progress: float) -> LossFunction:
         changing: Callable[[float], LossFunction] | None = getattr(self._loss, "at", None)
@@ -191,14 +219,14 @@ class Oracle:
 
     def _ascent_of(self, loss: LossFunction, images: Tensor, targets: Outputs, real: int) -> Ascent:
         answer = Ascent(*(part[:real] for part in self._differentiate(loss, images, targets, self._autocast)))
-        bad = ~torch.isfinite(answer.gradient).flatten(1).all(1)
+        bad = _unusable(answer)
         if not bool(bad.any()):
             return answer
         # Half precision overflowed: these samples, and no neighbour, get their answer in the images' own precision.
         again = Ascent(*(part[:real] for part in self._differentiate(loss, images, targets, nullcontext)))
-        if not bool(torch.isfinite(again.gradient[bad]).all()):
-            # A step along it would end at an image of NaN, whose Dice of 0 looks like a success.
-            raise UserError("the network cannot be attacked: its loss has a gradient that is NaN or infinite.")
+        if bool(_unusable(again)[bad].any()):
+            # NaN logits read as class 0, and a step along such a gradient ends at an image of NaN: like a success.
+            raise UserError("the network cannot be attacked: its loss, or the gradient, is NaN or infinite.")
         return Ascent(*(torch.where(per_sample(bad, old), new, old) for old, new in zip(answer, again, strict=True)))
 
     def _differentiate(
@@ -221,6 +249,9 @@ class Oracle:
     def _dice(self, logits: Tensor, targets: Outputs) -> Tensor:
         if self._criterion is None:
             return torch.full((len(logits),), torch.nan, device=logits.device)
+        if not self._readable:
+            self._criterion.check(logits, self.target)
+            self._readable = True
         return self._criterion.dice(logits, first(targets)).float()
 
 
@@ -241,6 +272,11 @@ def finite_logits(network: nn.Module, images: Tensor, autocast: Autocast, real: 
         if not bool(torch.isfinite(logits[:real]).all()):
             raise UserError("the network cannot be attacked: its output is NaN or infinite.")
     return logits
+
+
+def _unusable(answer: Ascent) -> Tensor:
+    """True (n,) where loss or gradient is NaN or infinite."""
+    return ~(torch.isfinite(answer.gradient).flatten(1).all(1) & torch.isfinite(answer.loss))
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Square(Attack):
             current = delta if threat.norm == "linf" else (point - clean) / radius.clamp_min(1e-12)
             tried = torch.stack([propose(one, share, generator) for one, generator in zip(current, drawn, strict=True)])
             candidate = threat.project(clean + _scaled(tried, threat, clean), clean)
-            new_loss, _ = oracle.score(candidate, index)
+            new_loss, _ = oracle.score(candidate, index, progress=query / self.n_queries)
             better = new_loss > loss
             loss = torch.where(better, new_loss, loss)
             point = torch.where(per_sample(better, point), candidate, point)
@@ -82,6 +82,12 @@ def side(share: float, spatial: Sequence[int]) -> int:
     longest = max(1, min(spatial) - 1)
     wanted: float = (share * math.prod(spatial)) ** (1 / len(spatial))
     return min(max(round(wanted), 1), longest)
+
+
+def odd_side(share: float, spatial: Sequence[int]) -> int:
+    """Of L2's squares: odd, and at least 3 where the image has room for it."""
+    length = max(side(share, spatial), min(3, *spatial))
+    return length + 1 if length % 2 == 0 and length < min(spatial) else length
 
 
 def _scaled(delta: Tensor, threat: ThreatModel, images: Tensor) -> Tensor:
@@ -134,11 +140,13 @@ def _tiles(image: Tensor, generator: torch.Generator) -> Tensor:
     length = max(1, min(spatial) // 5)
     delta = torch.zeros_like(image)
     counts = [max(1, size // length) for size in spatial]
+    # What is left over lies half on either side.
+    first = [(size - count * length) // 2 for size, count in zip(spatial, counts, strict=True)]
     for place in range(math.prod(counts)):
         corner, rest = [], place
-        for count in counts:
+        for count, start in zip(counts, first, strict=True):
             rest, step = divmod(rest, count)
-            corner.append(step * length)
+            corner.append(start + step * length)
         window: Window = (slice(None), *(slice(c, c + length) for c in corner))
         pattern = _two_pyramids(length, len(spatial), generator).to(image)
         signs = _signs((channels, *[1] * len(spatial)), generator, image)
@@ -150,7 +158,7 @@ def _tiles(image: Tensor, generator: torch.Generator) -> Tensor:
 def _l2_proposal(delta: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Algorithm 3: empty one square, and put its mass and what is missing to norm 1 into another."""
     channels, *spatial = delta.shape
-    length = side(share, spatial)
+    length = odd_side(share, spatial)
     filled, emptied = _window(length, spatial, generator), _window(length, spatial, generator)
     tried = delta.clone()
     both = torch.zeros_like(delta, dtype=torch.bool)
@@ -179,16 +187,13 @@ def _two_pyramids(length: int, axes: int, generator: torch.Generator) -> Tensor:
 
 
 def _pyramid(shape: Sequence[int]) -> Tensor:
-    """Sum of nested boxes, the k-th from the centre with the weight 1 / k²."""
-    # How many steps from the centre a voxel lies along each axis, as a share of the axis; the largest counts.
+    """Nested boxes around the voxel ⌊n / 2⌋ of each axis, the k-th reaching k − 1 to each side, of weight 1 / k²."""
     far = torch.zeros(tuple(shape))
-    longest = max(shape)
     for axis, size in enumerate(shape):
-        steps = (torch.arange(size) - (size - 1) / 2).abs() * (longest / size)
+        steps = (torch.arange(size) - size // 2).abs().to(far)
         far = torch.maximum(far, steps.reshape(-1, *[1] * (len(shape) - axis - 1)))
-    boxes = torch.arange(1, longest // 2 + 2)
-    # The k-th box reaches k − 1/2 steps from the centre, and holds all voxels that are not further out.
-    return ((far[..., None] <= boxes - 0.5) / boxes.square()).sum(-1)
+    boxes = torch.arange(1, max(shape) // 2 + 2)
+    return ((far[..., None] <= boxes - 1) / boxes.square()).sum(-1)
 
 
-__all__ = ["Square", "covered_share", "side"]
+__all__ = ["Square", "covered_share", "odd_side", "side"]
