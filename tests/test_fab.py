@@ -147,3 +147,15 @@ def test_as_an_attack_it_makes_wrong_what_its_margins_allow():
     epsilon = float(margins.norms.median()) * 1.001
     result = FAB(ThreatModel("l2", epsilon), problem.criterion)(problem.network, problem.images, problem.targets)
     assert torch.equal(problem.criterion.is_correct(result.dice), margins.norms > epsilon)
+
+
+@pytest.mark.parametrize("mode", ["dice", "threshold"])
+def test_a_sample_from_which_nothing_more_can_be_gained_costs_no_further_pass(mode):
+    """One voxel: its Dice is 0 as soon as it is wrong, which it is after the first steps."""
+    network = LinearClassifier(torch.ones(1))
+    images = torch.full((2, 1, 1, 1), 0.5)
+    attack = FAB(ThreatModel("l2", torch.tensor([1.0, 0.1])), DiceCriterion(), mode=mode, steps=50, targets=1)
+    result = attack(network, images, torch.ones_like(images))
+    assert result.dice.tolist() == [0.0, 1.0]
+    assert int(result.forward_passes[0]) < 20
+    assert int(result.forward_passes[1]) > 100
