@@ -43,6 +43,7 @@ from nnunet_ima.attacks import (
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.pipeline import Method, Pipeline
 from nnunet_ima.files import atomic_path, write_text
+from nnunet_ima.lp import Norm
 
 BUDGETS = (25, 50, 100, 200, 500, 1000)
 ATTACKS: dict[str, Callable[..., Attack]] = {
@@ -133,7 +134,7 @@ _PREPARED: dict[tuple[str, str], Any] = {}
 
 
 def prepared(
-    pipeline: Pipeline, method: Method, level: str, options: argparse.Namespace
+    pipeline: Pipeline, method: Method, level: str, options: argparse.Namespace, norm: Norm = "l2"
 ) -> tuple[nn.Module, Tensor, Tensor, Callable[[Callable[..., Attack]], Attack]]:
     """Network, images and targets of a model's validation slices, and what makes an attack of a class."""
     # nnU-Net reads its folders from the environment when it is imported.
@@ -152,7 +153,7 @@ def prepared(
         )
         cases = ValidationCases(model)
         chosen = select_samples(cases, options.samples, 0, progress=False).samples
-        images, targets, threat = load_batch(cases, chosen, Protocol("sound", "l2"), parse_level(level, "l2"), device)
+        images, targets, threat = load_batch(cases, chosen, Protocol("sound", norm), parse_level(level, norm), device)
         criterion = DiceCriterion(labels=model.labels)
         _PREPARED[key] = (
             model.network, images, targets, lambda kind: kind(threat, criterion, chunk=min(16, options.samples))
