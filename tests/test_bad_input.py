@@ -144,6 +144,8 @@ def test_raw_data_is_not_needed(std_2d, monkeypatch, tmp_path):
         ("--attacks", "apgd:loss=best", "dice-ce, ce, margin"),
         ("--attacks", "apgd:schedule=best", "constant, shrinking"),
         ("--attacks", "fab:loss=ce", "loss"),
+        ("--attacks", "apgd:steps=5,steps=7", "steps twice"),
+        ("--attacks", "spsa:samples=5", "even number"),
         ("--attacks", "autoattack:version=best", "standard, fast, strong"),
         ("--attacks", "autoattack:members=pgd", "members"),
         ("--attacks", "pgd:mode=best", "dice, threshold"),

@@ -1,0 +1,63 @@
+"""Checks of results: what one attack's figures say about another's."""
+
+import math
+
+import numpy as np
+import pytest
+
+from nnunet_ima.evaluation.protocols import Level
+from nnunet_ima.evaluation.run import Outcome, SampleScore
+from nnunet_ima.evaluation.trust import check
+
+LEVEL = Level("5", 5.0)
+SAMPLES = ("a", "b")
+
+
+def outcome(attack: str, dice: float, level: Level | None = LEVEL, **members: tuple[float, float]) -> Outcome:
+    """Two samples of the same Dice; ``members`` give theirs for each, NaN where they were not asked."""
+    scores = [
+        SampleScore(
+            name, np.zeros((1, 3)), dice, 0.9, 5.0, 5.0, 1, 1, {k.replace("_", "-"): v[i] for k, v in members.items()}
+        )
+        for i, name in enumerate(SAMPLES)
+    ]
+    return Outcome(attack, level, scores)
+
+
+def failed(*attacked: Outcome) -> set[str]:
+    return {item["name"] for item in check(outcome("clean", 0.9, None), attacked) if not item["passed"]}
+
+
+def names(*attacked: Outcome) -> set[str]:
+    return {item["name"] for item in check(outcome("clean", 0.9, None), attacked)}
+
+
+@pytest.mark.parametrize("white", ["pgd:steps=3", "apgd", "apgd:loss=ce", "apgd-t", "ifgsm"])
+@pytest.mark.parametrize("black", ["square:n_queries=9", "spsa"])
+def test_a_black_box_that_is_stronger_than_the_gradient_attacks_is_flagged(white, black):
+    assert "white_box_beats_black_box" in failed(outcome(white, 0.9), outcome(black, 0.1))
+    assert "white_box_beats_black_box" not in failed(outcome(white, 0.1), outcome(black, 0.3))
+    # One that works is enough.
+    assert "white_box_beats_black_box" not in failed(outcome("pgd", 0.8), outcome(white, 0.1), outcome(black, 0.3))
+
+
+def test_members_of_an_ensemble_count():
+    hidden = outcome("autoattack", 0.1, apgd_ce=(0.9, 0.9), apgd_t=(0.8, 0.8), square=(0.1, 0.1))
+    assert "white_box_beats_black_box" in failed(hidden)
+    hidden = outcome("autoattack", 0.05, apgd_ce=(0.0, 0.9), square=(math.nan, 0.1))
+    assert "white_box_beats_black_box" in failed(hidden)
+    # Where a member was not asked any more the Dice was 0 before it.
+    honest = outcome("autoattack", 0.1, apgd_ce=(0.0, 0.2), square=(math.nan, 0.3))
+    assert "white_box_beats_black_box" not in failed(honest)
+
+
+def test_what_is_content_with_wrong_samples_is_compared_with_nothing():
+    content = outcome("apgd:mode=threshold", 0.58)
+    assert failed(content, outcome("square", 0.3), outcome("white-noise", 0.5)) == set()
+    ensemble = outcome("autoattack:mode=threshold", 0.5, apgd_ce=(0.58, 0.58), square=(math.nan, 0.2))
+    assert "white_box_beats_black_box" not in names(ensemble)
+    assert failed(outcome("fab", 0.59), outcome("white-noise", 0.5)) == set()
+
+
+def test_noise_that_is_stronger_than_an_attack_is_flagged():
+    assert failed(outcome("apgd", 0.8), outcome("white-noise", 0.5)) == {"gradients_beat_noise"}
