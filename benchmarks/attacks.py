@@ -152,7 +152,7 @@ def prepared(
             pipeline.model(dataset, method), pipeline.fold(dataset, method), "checkpoint_final.pth", device
         )
         cases = ValidationCases(model)
-        chosen = select_samples(cases, options.samples, 0, progress=False).samples
+        chosen = select_samples(cases, options.samples, 0, progress=False, whole_cases=False).samples
         images, targets, threat = load_batch(cases, chosen, Protocol("sound", norm), parse_level(level, norm), device)
         criterion = DiceCriterion(labels=model.labels)
         _PREPARED[key] = (

@@ -20,8 +20,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from nnunet_ima.evaluation.comparison import Run, write_comparison
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, SmallNetwork
+from nnunet_ima.evaluation.report import write_report
 from nnunet_ima.files import atomic_path, write_text
 
 NETWORK = SmallNetwork("2d_small", features=16, most_features=128, batch_size=32)
@@ -66,15 +66,18 @@ def main() -> None:
     pipeline = Pipeline(options.output, "nnUNetPlansSmall", NETWORK, options.device)
     dataset = pipeline.prepare(options.data)
     pipeline.write_plans(dataset, METHODS)
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, dict[str, Path]] = {}
     for method in METHODS:
         pipeline.train(dataset, method)
         for attacks in EVALUATIONS:
-            runs.setdefault(attacks.name, []).append(Run(method.title, pipeline.evaluate(dataset, method, attacks)))
+            runs.setdefault(attacks.name, {})[method.title] = pipeline.evaluate(dataset, method, attacks)
     for name, compared in runs.items():
-        write_comparison(compared, pipeline.output / f"{name}.html", phantom=False)
+        write_report(list(compared.values()), pipeline.output / f"{name}_report", list(compared))
     summaries = {
-        name: {run.title: json.loads((run.folder / "summary.json").read_text(encoding="utf-8")) for run in compared}
+        name: {
+            title: json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            for title, folder in compared.items()
+        }
         for name, compared in runs.items()
     }
     passes = {method.title: passes_per_sample(pipeline.fold_folder(dataset, method)) for method in METHODS}

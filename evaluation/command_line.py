@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_evaluate(commands.add_parser("evaluate", help="attack a trained model on its validation cases"))
 
+    _add_report(commands.add_parser("report", help="compare evaluated models on one page, and in tables"))
     _add_select(commands.add_parser("select", help="choose the most robust snapshot that keeps clean Dice"))
     _add_grid(commands.add_parser("grid", help="search over epsilon and delta_epsilon"))
     _add_configure(commands.add_parser("configure", help="show a training's settings, or write a new configuration"))
@@ -142,9 +143,30 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive, default=64, help="samples at once; changes no number")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--no-cases", action="store_true", help="skip the case level")
+    parser.add_argument("-num_parts", type=_positive, default=1, help="split the cases over this many machines")
+    parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument(
+        "--merge", nargs="*", type=Path, metavar="FOLDER",
+        help="attack nothing: join the parts that were run into -o, or in these folders, into tables and pictures",
+    )  # fmt: skip
     parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     parser.add_argument("-o", "--output", type=Path, help="default: inside the fold's folder")
     parser.set_defaults(run=_evaluate)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of nnunet_ima evaluate")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the models, one for each run")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report"), help="default: ./report")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.report import write_report
+
+    page = write_report(options.runs, options.output, options.names)
+    print(f"Open {page}; its tables are beside it as tables.csv, tables.md and tables.tex")
+    return 0
 
 
 def _trainers(_: argparse.Namespace) -> int:
@@ -152,7 +174,28 @@ def _trainers(_: argparse.Namespace) -> int:
     return 0
 
 
+def _merge(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.evaluate import choose_model, default_output
+    from nnunet_ima.evaluation.merge import gather, merge
+
+    output = options.output or next(iter(options.merge), None)
+    if output is None:
+        model = choose_model(options.model, options.dataset, options.configuration, options.trainer, options.plans)
+        output = default_output(model, options.fold, options.checkpoint, options.protocol, options.norm)
+    gather(options.merge, output)
+    merge(output)
+    return _show(output)
+
+
+def _show(folder: Path) -> int:
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"Written to {folder}")
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.merge is not None:
+        return _merge(options)
     # Imported here: nnU-Net and MONAI take seconds, and the other commands do not need them.
     from nnunet_ima.evaluation.evaluate import Request, evaluate
 
@@ -176,10 +219,16 @@ def _evaluate(options: argparse.Namespace) -> int:
             device=options.device,
             output=options.output,
             command=shlex.join(["nnunet_ima", *sys.argv[1:]]),
+            num_parts=options.num_parts,
+            part_id=options.part_id,
         )
     )
-    print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"Written to {folder}")
+    if options.num_parts == 1:
+        return _show(folder)
+    print(
+        f"Part {options.part_id} of {options.num_parts} is done. Once all are: nnunet_ima evaluate --merge -o "
+        f"{shlex.quote(str(folder))}"
+    )
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.environment import choose_device
-from nnunet_ima.evaluation.models import Fold, find_model_folder, load_model, read_json
-from nnunet_ima.evaluation.pictures import draw_dice_against_level, draw_worst
+from nnunet_ima.evaluation.identity import FILE as RUN_FILE
+from nnunet_ima.evaluation.merge import merge
+from nnunet_ima.evaluation.models import Fold, find_model_folder, load_model
 from nnunet_ima.evaluation.protocols import Protocol, ProtocolName, parse_level
+from nnunet_ima.evaluation.records import RECORDS
 from nnunet_ima.evaluation.run import Evaluation
-from nnunet_ima.evaluation.summary import summarise, write_all
 from nnunet_ima.lp import Norm
 from nnunet_ima.threads import use_threads_as_told
 
@@ -48,10 +50,15 @@ class Request:
     device: str
     output: Path | None
     command: str
+    num_parts: int = 1
+    part_id: int = 0
 
 
 def evaluate(request: Request, progress: bool = True) -> Path:
     """Attack a model and write summary.json, samples.csv, cases.csv, table.md and two pictures.
+
+    What an earlier, killed call found is not attacked again. With several parts only records are written, for
+    :func:`~nnunet_ima.evaluation.merge.merge`.
 
     Returns:
         The folder they are in.
@@ -63,13 +70,14 @@ def evaluate(request: Request, progress: bool = True) -> Path:
     texts = request.levels or DEFAULT_LEVELS[request.norm]
     levels = [parse_level(text, request.norm) for text in dict.fromkeys(texts)]
     attacks = [parse_attack(text) for text in dict.fromkeys(request.attacks)]
+    if not 0 <= request.part_id < request.num_parts:
+        raise UserError(f"-part_id is {request.part_id}; it must be from 0 to {request.num_parts - 1}.")
     device = choose_device(request.device)
     _use_all_cores(device)
     folder = choose_model(request.model, request.dataset, request.configuration, request.trainer, request.plans)
     model = load_model(folder, read_fold(request.fold), request.checkpoint, device)
-    output = request.output or _default_output(model.checkpoint, request)
+    output = request.output or default_output(folder, request.fold, request.checkpoint, request.protocol, request.norm)
     _make_writable(output)
-    _refuse_other_results(output, request.command)
     evaluation = Evaluation(
         model=model,
         protocol=protocol,
@@ -82,23 +90,24 @@ def evaluate(request: Request, progress: bool = True) -> Path:
         criterion=DiceCriterion(labels=model.labels),
         case_level=request.case_level,
         progress=progress,
+        num_parts=request.num_parts,
+        part_id=request.part_id,
     )
+    begun_before = (output / RUN_FILE).exists()
     try:
-        outcomes = evaluation.run()
+        evaluation.run(output, request.command)
     except UserError:
-        with contextlib.suppress(OSError):  # it was empty before, or is not now
-            output.rmdir()
+        if not begun_before:
+            _remove_if_nothing_was_done(output)
         raise
-    summary = summarise(evaluation, outcomes, request.command)
-    # It stands for a complete set: an older one must not stay beside newer tables if writing these fails.
-    (output / "summary.json").unlink(missing_ok=True)
-    # The tables first: no picture is worth the attacks of a night.
-    write_all(output, evaluation, outcomes, summary)
-    draw_dice_against_level(summary, output / "dice_against_level.png")
-    # The panel shows the condition that took most Dice off the samples.
-    strongest = min(outcomes[1:], key=lambda o: sum(score.dice for score in o.samples))
-    draw_worst(strongest, summary["classes"], output / "worst_samples.png")
+    if request.num_parts == 1:
+        merge(output)
     return output
+
+
+def default_output(model: Path, fold: str, checkpoint: str, protocol: str, norm: str) -> Path:
+    """Inside the fold's folder."""
+    return model / f"fold_{fold}" / "nnunet_ima" / f"{Path(checkpoint).stem}_{protocol}_{norm}"
 
 
 def choose_model(model: Path | None, dataset: str | None, configuration: str | None, trainer: str, plans: str) -> Path:
@@ -127,11 +136,6 @@ def read_fold(text: str) -> Fold:
     return int(text)
 
 
-def _default_output(checkpoint: Path, request: Request) -> Path:
-    name = f"{checkpoint.stem}_{request.protocol}_{request.norm}"
-    return checkpoint.parent / "nnunet_ima" / name
-
-
 def _make_writable(folder: Path) -> None:
     """Fail now rather than after hours: is there a folder, and can it be written to?"""
     try:
@@ -147,13 +151,13 @@ def _make_writable(folder: Path) -> None:
         raise UserError(f"The output folder {folder} cannot be written to; choose another one with -o.") from error
 
 
-def _refuse_other_results(folder: Path, command: str) -> None:
-    """The same command may be repeated; results of another one are not overwritten."""
-    file = folder / "summary.json"
-    if file.is_file() and read_json(file).get("command") != command:
-        raise UserError(
-            f"{folder} holds the results of another command; move them away or choose another folder with -o."
-        )
+def _remove_if_nothing_was_done(folder: Path) -> None:
+    """Of a run that could not even begin nothing stays."""
+    if not any(records.stat().st_size for records in folder.glob(f"{RECORDS}/*/journal.jsonl")):
+        shutil.rmtree(folder / RECORDS, ignore_errors=True)
+        (folder / RUN_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it was empty before, or is not now
+        folder.rmdir()
 
 
 def _use_all_cores(device: torch.device) -> None:

@@ -10,7 +10,7 @@ import json
 import pydoc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class TrainedModel:
         mirroring_axes: over which nnU-Net mirrors at inference, None for no mirroring.
         training_cases: that the weights are known to have learned from; empty if the checkpoint does not tell.
         started_from_unknown: whether it started with nnU-Net's ``-pretrained_weights``, whose cases nobody noted.
+        margins: of an IMA training, quantiles of the margins after each epoch by name; else empty.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class TrainedModel:
     mirroring_axes: tuple[int, ...] | None
     training_cases: frozenset[str] = frozenset()
     started_from_unknown: bool = False
+    margins: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def label_manager(self) -> LabelManager:
@@ -153,7 +155,22 @@ def load_model(folder: Path, fold: Fold, checkpoint_name: str, device: torch.dev
         mirroring_axes=mirroring_axes,
         training_cases=noted_training_cases(checkpoint) or frozenset(),
         started_from_unknown=started_from_unknown(checkpoint),
+        margins=_logged_margins(checkpoint),
     )
+
+
+def _logged_margins(checkpoint: Mapping[str, Any]) -> dict[str, list[float]]:
+    """What our trainer wrote into nnU-Net's log; a report can do without."""
+    logging = checkpoint.get("logging")
+    if not isinstance(logging, Mapping):
+        return {}
+    curves = {name: logging.get(name) for name in ("margin_10", "margin_50", "margin_90")}
+    numbers = {
+        name: [float(value) for value in curve if isinstance(value, (int, float))]
+        for name, curve in curves.items()
+        if isinstance(curve, list)
+    }
+    return {name: curve for name, curve in numbers.items() if curve}
 
 
 def read_json(file: Path) -> dict[str, Any]:

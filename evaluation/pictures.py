@@ -15,9 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from torch import Tensor
 
-from nnunet_ima.evaluation.run import Example, Outcome
+from nnunet_ima.evaluation.examples import Example
+from nnunet_ima.evaluation.outcomes import Outcome
 from nnunet_ima.files import atomic_path
 
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -77,9 +77,8 @@ def draw_worst(outcome: Outcome, classes: Sequence[str], file: Path) -> None:
 
 
 def _draw_example(axes: Sequence[Axes], example: Example) -> None:
-    where = _best_slice(example.target)
-    image, perturbed = (_slice(volume, where)[0] for volume in (example.image, example.perturbed))
-    truth, before, after = (_slice(mask, where) for mask in (example.target, example.before, example.after))
+    image, perturbed = example.image, example.perturbed
+    truth, before, after = example.target, example.before, example.after
     difference = perturbed - image
     largest = max(float(np.abs(difference).max()), 1e-12)
     for one, pixels in zip(axes, (image, perturbed, difference, image, perturbed), strict=True):
@@ -100,16 +99,6 @@ def _draw_example(axes: Sequence[Axes], example: Example) -> None:
     axes[2].set_title("perturbation", fontsize=9)
     axes[3].set_title(f"before: Dice {100 * example.dice_before:.0f} %", fontsize=9)
     axes[4].set_title(f"after: Dice {100 * example.dice_after:.0f} %", fontsize=9)
-
-
-def _best_slice(target: Tensor) -> int | None:
-    """Of a volume (F, D, H, W) the slice with most foreground; None for a picture (F, H, W)."""
-    return int(target.sum((0, 2, 3)).argmax()) if target.ndim == 4 else None
-
-
-def _slice(volume: Tensor, where: int | None) -> np.ndarray[Any, Any]:
-    pixels: np.ndarray[Any, Any] = (volume if where is None else volume[:, where]).numpy()
-    return pixels
 
 
 def _contours(axes: Axes, masks: np.ndarray[Any, Any], colour: str) -> None:

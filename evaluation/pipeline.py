@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import Any
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.decathlon import stage_task, task_number
 from nnunet_ima.evaluation.environment import trainers_folder
+from nnunet_ima.evaluation.identity import FILE as RUN_FILE
+from nnunet_ima.evaluation.identity import read_run
 from nnunet_ima.evaluation.steps import Steps, resume_options
 from nnunet_ima.files import write_text
 
@@ -156,8 +159,8 @@ class Pipeline:
         command += ["--levels", *attacks.levels, "--attacks", *attacks.attacks, "-o", str(folder)]
         command += ["--norm", attacks.norm, "--protocol", attacks.protocol, *attacks.further]
         step = f"{attacks.name}_{self.key(method)}"
-        if not self.steps.is_done(step, command):
-            # Half a result, or one of other attacks, that was made here.
+        if not self.steps.is_done(step, command) and not _was_begun(folder, command):
+            # A result of other attacks that was made here.
             shutil.rmtree(folder, ignore_errors=True)
         self.steps.once(step, command)
         return folder
@@ -229,3 +232,8 @@ class Pipeline:
             "nnUNet_compile": "0",
             "PYTHONUNBUFFERED": "1",
         }
+
+
+def _was_begun(folder: Path, command: Sequence[str]) -> bool:
+    """Whether a killed run of this very command left something to go on with."""
+    return (folder / RUN_FILE).is_file() and bool(read_run(folder)["head"]["command"] == shlex.join(command))

@@ -1,27 +1,34 @@
-"""Attack a model on its validation cases, sample by sample, and gather what a report needs."""
+"""Attack a model on its validation cases, sample by sample, and note what a report needs."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_ima.attacks import Attack, AutoAttackResult, Finding, check_network
+from nnunet_ima.attacks import AutoAttackResult, check_network
 from nnunet_ima.attacks.oracle import finite_logits, undisturbed
 from nnunet_ima.dice import DiceCriterion, confusion, sample_dice
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import AttackChoice
 from nnunet_ima.evaluation.case_level import CaseLevel
 from nnunet_ima.evaluation.cases import Case, Place, Sample, ValidationCases
-from nnunet_ima.evaluation.metrics import Array, CaseScore
+from nnunet_ima.evaluation.description import describe_run, identify
+from nnunet_ima.evaluation.examples import Example, make_example
+from nnunet_ima.evaluation.identity import write_identity
+from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.models import TrainedModel
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, SampleKey, SampleScore
 from nnunet_ima.evaluation.protocols import Level, Protocol
+from nnunet_ima.evaluation.records import Records, part_folder
 from nnunet_ima.precision import use_exact_convolutions
 from nnunet_ima.threat import ThreatModel
 
@@ -29,68 +36,22 @@ from nnunet_ima.threat import ThreatModel
 CHUNK_VOXELS = {"cpu": 2**18, "mps": 2**18, "cuda": 2**22}
 LARGEST_CHUNK = {"cpu": 16, "mps": 16, "cuda": 128}
 
-WORST_KEPT = 4
 CHECKED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class SampleScore:
-    """One sample under one attack.
+class Selection:
+    """What one part attacks.
 
     Attributes:
-        counts: (F, 3) of tp, fp, fn for each foreground class or region.
-        dice: of the perturbed sample, in [0, 1].
-        clean_dice: of the same sample untouched.
-        epsilon: the largest perturbation allowed, in z-scores.
-        norm: of the perturbation found.
-        passes: forward passes spent.
-        backward_passes: backward passes spent.
-        by_attack: Dice under each member of an ensemble, NaN where it was not needed any more.
+        samples: in the order of the cases.
+        complete_cases: those attacked completely; only these count at the case level.
+        all_cases: names of the cases that all parts together attack.
     """
-
-    sample: Sample
-    counts: Array
-    dice: float
-    clean_dice: float
-    epsilon: float
-    norm: float
-    passes: int
-    backward_passes: int = 0
-    by_attack: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A sample to be shown: image and perturbed image (C, *patch), target and predictions (F, *patch) of bool."""
-
-    title: str
-    dice_before: float
-    dice_after: float
-    image: Tensor
-    perturbed: Tensor
-    target: Tensor
-    before: Tensor
-    after: Tensor
-
-
-@dataclass
-class Outcome:
-    """Everything about one condition: clean, clamp only, or an attack at a level."""
-
-    attack: str
-    level: Level | None
-    samples: list[SampleScore] = field(default_factory=list)
-    cases: dict[str, CaseScore] = field(default_factory=dict)
-    worst: list[Example] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which samples are attacked, and which cases are attacked completely (only those count at the case level)."""
 
     samples: list[Sample]
     complete_cases: frozenset[str]
+    all_cases: list[str]
 
 
 @dataclass(frozen=True)
@@ -104,6 +65,7 @@ class Evaluation:
         max_samples: attack no more samples than this, whole cases first; None for all.
         batch_size: samples attacked at once. It changes memory and speed, no number.
         seed: of attacks and of the choice of samples.
+        num_parts, part_id: attack every ``num_parts``-th case only, from the ``part_id``-th.
     """
 
     model: TrainedModel
@@ -117,57 +79,121 @@ class Evaluation:
     criterion: DiceCriterion
     case_level: bool = True
     progress: bool = True
+    num_parts: int = 1
+    part_id: int = 0
 
-    def run(self) -> list[Outcome]:
-        """All outcomes, clean first."""
+    def run(self, folder: Path, command: str) -> None:
+        """Attack whatever the records in ``folder`` do not hold yet; each result is noted there at once.
+
+        Raises:
+            UserError: there is nothing to attack, the data are not usable, or ``folder`` holds another run.
+        """
         cases = ValidationCases(self.model)
-        selection = select_samples(cases, self.max_samples, self.seed, self.progress)
-        if not selection.samples:
+        selection = select_samples(
+            cases, self.max_samples, self.seed, self.progress, self.num_parts, self.part_id, self.case_level
+        )
+        if not selection.samples and self.num_parts == 1:
             raise UserError(
                 f"No validation case of fold {self.model.fold} holds any foreground, so nothing can be measured."
             )
-        runner = _Runner(self, cases, selection)
-        conditions: list[tuple[AttackChoice | None, Level | None]] = [(None, None)]
+        write_identity(
+            folder, identify(self, selection.all_cases, self.chunk), describe_run(self, selection.all_cases, command)
+        )
+        steps = self.conditions()
+        conditions = [condition for _, condition in steps]
+        records = Records(part_folder(folder, self.num_parts, self.part_id), conditions)
+        with records.writing():
+            tiles: dict[str, list[int]] = {name: [] for name in selection.all_cases[self.part_id :: self.num_parts]}
+            for sample in selection.samples:
+                tiles[sample.case].append(sample.tile)
+            records.plan(tiles, sorted(selection.complete_cases))
+            runner = _Runner(self, cases, selection, records)
+            left = {condition: runner.left(condition) for condition in conditions}
+            total, to_do = len(selection.samples) * len(steps), sum(map(len, left.values()))
+            with tqdm(
+                total=total, initial=total - to_do, unit="sample", disable=not self.progress, dynamic_ncols=True
+            ) as bar:
+                for choice, condition in steps:
+                    bar.set_description(str(condition))
+                    runner.run(choice, condition, left[condition], bar)
+            runner.check()
+            records.forget_tiles()
+
+    def conditions(self) -> list[tuple[AttackChoice | None, Condition]]:
+        """The clean one first, whose Dice the others refer to; None stands for no attack."""
+        found: list[tuple[AttackChoice | None, Condition]] = [(None, Condition(CLEAN, None))]
         if self.protocol.name == "paper":
-            conditions.append((CLAMP_ONLY, None))
-        conditions += [(attack, level) for attack in self.attacks for level in self.levels]
-        total = len(selection.samples) * len(conditions)
-        with tqdm(total=total, unit="sample", disable=not self.progress, dynamic_ncols=True) as bar:
-            outcomes = [runner.condition(attack, level, bar) for attack, level in conditions]
-        outcomes[0].findings = runner.check(outcomes[0])
-        return outcomes
+            found.append((None, Condition(CLAMP, None)))
+        return found + [(attack, Condition(attack.text, level)) for attack in self.attacks for level in self.levels]
+
+    @property
+    def chunk(self) -> int:
+        """How many samples go through the network at once; the last digits of a result depend on it."""
+        configuration, device = self.model.configuration, self.device.type
+        voxels = int(np.prod(configuration.patch_size))
+        # Half of what fitted into memory in training, in mixed precision, fits here in single precision.
+        fits = configuration.batch_size // 2 if device == "cuda" else configuration.batch_size
+        most = max(1, min(LARGEST_CHUNK[device], fits))
+        return int(np.clip(CHUNK_VOXELS[device] // voxels, 1, most))
 
 
-CLEAN, CLAMP = "clean", "clamp-only"
-CLAMP_ONLY = AttackChoice(CLAMP, "", lambda **_: _never())
+def select_samples(
+    cases: ValidationCases,
+    max_samples: int | None,
+    seed: int,
+    progress: bool,
+    num_parts: int = 1,
+    part_id: int = 0,
+    whole_cases: bool = True,
+) -> Selection:
+    """All samples, or ``max_samples`` of them, chosen with ``seed``; of these, every ``num_parts``-th case's.
 
-
-def _never() -> Attack:
-    raise AssertionError("the clamp is no attack")
-
-
-def select_samples(cases: ValidationCases, max_samples: int | None, seed: int, progress: bool) -> Selection:
-    """All samples, or ``max_samples`` of them: whole cases in a random, seeded order, the last one cut."""
+    With ``whole_cases`` complete cases are taken in a random order, and only the last one is thinned out; else samples
+    are drawn from all cases, as slices of one case resemble each other.
+    """
     names = list(cases.names)
+
+    def read(some: Sequence[str]) -> list[Sample]:
+        return list(
+            cases.samples(list(tqdm(some, desc="reading cases", unit="case", disable=not progress, leave=False)))
+        )
+
     if max_samples is None:
-        reading = tqdm(names, desc="reading cases", unit="case", disable=not progress, leave=False)
-        return Selection(list(cases.samples(list(reading))), frozenset(names))
-    random.Random(seed).shuffle(names)
+        mine = names[part_id::num_parts]
+        return Selection(read(mine), frozenset(mine), names)
+    draws = random.Random(seed)
+    if whole_cases:
+        chosen, touched, complete = _whole_cases(cases, max_samples, draws)
+    else:
+        everything = read(names)
+        chosen = draws.sample(everything, min(max_samples, len(everything)))
+        touched, complete = {sample.case for sample in chosen}, set()
+    selected = [name for name in names if name in touched]
+    chosen.sort(key=lambda sample: (selected.index(sample.case), sample.tile))
+    mine = selected[part_id::num_parts]
+    return Selection([sample for sample in chosen if sample.case in mine], frozenset(complete & set(mine)), selected)
+
+
+def _whole_cases(
+    cases: ValidationCases, max_samples: int, draws: random.Random
+) -> tuple[list[Sample], set[str], set[str]]:
+    """Samples, the cases that they are of, and those of them that are complete; one may have no samples at all."""
+    names = list(cases.names)
+    draws.shuffle(names)
     chosen: list[Sample] = []
+    touched: set[str] = set()
     complete: set[str] = set()
     for name in names:
-        here = list(cases.samples([name]))
         room = max_samples - len(chosen)
         if room <= 0:
             break
+        here = list(cases.samples([name]))
+        touched.add(name)
         if len(here) <= room:
             complete.add(name)
         # A case that does not fit is thinned out evenly.
-        keep = here if len(here) <= room else [here[i * len(here) // room] for i in range(room)]
-        chosen += keep
-    order = {name: i for i, name in enumerate(cases.names)}
-    chosen.sort(key=lambda sample: (order[sample.case], sample.tile))
-    return Selection(chosen, frozenset(complete))
+        chosen += here if len(here) <= room else [here[i * len(here) // room] for i in range(room)]
+    return chosen, touched, complete
 
 
 def load_batch(
@@ -184,66 +210,102 @@ def load_batch(
     return images, targets, protocol.threat(level or Level("0", 0.0), images, low, high, fixed)
 
 
+class _Attacked(NamedTuple):
+    """A sample after an attack: its score, its perturbed tile (C, *patch), and how to show it."""
+
+    sample: Sample
+    tile: Tensor
+    score: SampleScore
+    example: Example
+
+
 class _Runner:
     """Runs conditions one after the other; the clean one first, whose Dice the others refer to."""
 
-    def __init__(self, evaluation: Evaluation, cases: ValidationCases, selection: Selection) -> None:
-        self.evaluation, self.cases, self.selection = evaluation, cases, selection
+    def __init__(self, evaluation: Evaluation, cases: ValidationCases, selection: Selection, records: Records) -> None:
+        self.evaluation, self.cases, self.selection, self.records = evaluation, cases, selection, records
         self.model = evaluation.model
         self.case_level = CaseLevel(cases, evaluation.device) if evaluation.case_level else None
         # nnU-Net's predictor lets cuDNN choose kernels by timing them; a result must not depend on that.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         use_exact_convolutions()
-        self.clean_dice: dict[Sample, float] = {}
-        voxels, device = int(np.prod(self.model.configuration.patch_size)), evaluation.device.type
-        # Half of what fitted into memory in training, in mixed precision, fits here in single precision.
-        fits = self.model.configuration.batch_size // 2 if device == "cuda" else self.model.configuration.batch_size
-        most = max(1, min(LARGEST_CHUNK[device], fits))
-        self.chunk = int(np.clip(CHUNK_VOXELS[device] // voxels, 1, most))
+        self.chunk, self.batch_size = evaluation.chunk, evaluation.batch_size
+        self._samples_of: dict[str, list[Sample]] = {name: [] for name in sorted(selection.complete_cases)}
+        for sample in selection.samples:
+            self._samples_of.setdefault(sample.case, []).append(sample)
 
-    def condition(self, choice: AttackChoice | None, level: Level | None, bar: tqdm[None]) -> Outcome:
-        name = CLEAN if choice is None else choice.name
-        outcome = Outcome(name if choice is None else choice.text or name, level)
-        bar.set_description(f"{outcome.attack} {level.text}" if level else outcome.attack)
-        pending: dict[str, list[tuple[Place, Tensor]]] = {}
-        for batch in _batches(self.selection.samples, self.evaluation.batch_size):
-            for sample, tile, score, example in self._attack(choice, level, batch):
-                outcome.samples.append(score)
-                _keep_worst(outcome.worst, example)
-                pending.setdefault(sample.case, []).append((sample.place, tile))
+    def left(self, condition: Condition) -> list[Sample]:
+        """The samples that are not done yet."""
+        return [sample for sample in self.selection.samples if not self._is_done(condition, sample)]
+
+    def run(
+        self, choice: AttackChoice | None, condition: Condition, samples: Sequence[Sample], bar: tqdm[None]
+    ) -> None:
+        """Attack these samples, and score the cases that are finished with them."""
+        self._score_finished(condition, self._samples_of)
+        while samples:
+            batch, samples = samples[: self.batch_size], samples[self.batch_size :]
+            done = self._with_enough_memory(choice, condition, batch)
+            # First what a score stands for, then the score: a killed run does not lose the former.
+            for one in done:
+                if self._needs_tile(condition, one.sample):
+                    self.records.save_tile(condition, one.score.sample, one.tile)
+            if condition.level is not None:
+                self.records.keep_worst(condition, [one.example for one in done], [one.score for one in done])
+            self.records.add_samples(condition, [one.score for one in done])
             bar.update(len(batch))
-            for finished in [case for case in pending if case != batch[-1].case]:
-                self._score_case(outcome, finished, pending.pop(finished))
-        for case in list(pending):
-            self._score_case(outcome, case, pending.pop(case))
-        self._score_cases_without_samples(outcome)
-        return outcome
+            self._score_finished(condition, dict.fromkeys(sample.case for sample in batch))
 
-    def check(self, clean: Outcome) -> list[Finding]:
+    def check(self) -> None:
         """Does the network mislead attacks? Asked of the samples that it segments best."""
-        surest = sorted(clean.samples, key=lambda score: -score.dice)[:CHECKED_SAMPLES]
+        if self.records.findings is not None or not self.selection.samples:
+            return
+        scores = self.records.samples[Condition(CLEAN, None)].values()
+        surest = sorted(scores, key=lambda score: (-score.dice, score.sample))[:CHECKED_SAMPLES]
         chosen = {score.sample for score in surest if score.dice > 0}
-        samples = [sample for sample in self.selection.samples if sample in chosen]
+        samples = [sample for sample in self.selection.samples if _key(sample) in chosen]
         if not samples:
-            return []
+            self.records.add_findings([])
+            return
         evaluation = self.evaluation
         images, targets, threat = load_batch(self.cases, samples, evaluation.protocol, None, evaluation.device)
         network, criterion = self.model.network, evaluation.criterion
-        return check_network(network, images, targets, threat, criterion, evaluation.seed, self.chunk)
+        self.records.add_findings(
+            check_network(network, images, targets, threat, criterion, evaluation.seed, self.chunk)
+        )
 
-    def _attack(
-        self, choice: AttackChoice | None, level: Level | None, batch: Sequence[Sample]
-    ) -> Iterator[tuple[Sample, Tensor, SampleScore, Example]]:
-        protocol, device = self.evaluation.protocol, self.evaluation.device
+    def _with_enough_memory(
+        self, choice: AttackChoice | None, condition: Condition, batch: Sequence[Sample]
+    ) -> list[_Attacked]:
+        """As ``attack``; when the memory is not enough, in halves from then on."""
+        try:
+            return list(self.attack(choice, condition, batch))
+        except RuntimeError as error:
+            if not _is_out_of_memory(error) or (self.chunk == 1 and len(batch) == 1):
+                raise
+        # Not in the handler: its traceback holds on to what fills the memory.
+        self.chunk, self.batch_size = max(1, self.chunk // 2), max(1, len(batch) // 2)
+        if self.evaluation.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.records.note_chunk(self.chunk)
+        tqdm.write(
+            f"The memory was not enough: from here on {self.batch_size} samples are attacked at once, {self.chunk} in "
+            f"each pass; the last digits of a result depend on the latter."
+        )
+        # Once and for all: the first part may halve the size again.
+        parts = list(_batches(batch, self.batch_size))
+        return [one for part in parts for one in self._with_enough_memory(choice, condition, part)]
+
+    def attack(self, choice: AttackChoice | None, condition: Condition, batch: Sequence[Sample]) -> Iterator[_Attacked]:
+        """Attack a batch; without a choice it stays as it is, or is only clamped."""
+        protocol, device, level = self.evaluation.protocol, self.evaluation.device, condition.level
         images, targets, threat = load_batch(self.cases, batch, protocol, level, device)
         before = self._logits(images)
         passes, backward = torch.ones(len(batch), dtype=torch.long), torch.zeros(len(batch), dtype=torch.long)
         members: dict[str, Tensor] = {}
         if choice is None:
-            perturbed = images
-        elif level is None:
-            perturbed = self.evaluation.protocol.clamp(images)
+            perturbed = protocol.clamp(images) if condition.attack == CLAMP else images
         else:
             attack = choice.make(
                 threat=threat,
@@ -261,13 +323,16 @@ class _Runner:
         stacked = torch.stack(counts, -1).cpu().numpy().astype(float)
         norms = threat.distance(perturbed, images) if level else torch.zeros(len(batch))
         radii = threat.radius(images).flatten(1).amax(1) if level else torch.zeros(len(batch))
+        clean = self.records.samples[Condition(CLEAN, None)]
         for i, sample in enumerate(batch):
-            clean = self.clean_dice.setdefault(sample, float(dice[i])) if choice is None else self.clean_dice[sample]
             score = SampleScore(
-                sample, stacked[i], float(dice[i]), clean, float(radii[i]), float(norms[i]), int(passes[i]),
-                int(backward[i]), {name: float(values[i]) for name, values in members.items()},
+                _key(sample), stacked[i], float(dice[i]),
+                float(dice[i]) if condition.attack == CLEAN else clean[_key(sample)].dice,
+                float(radii[i]), float(norms[i]), int(passes[i]), int(backward[i]),
+                {name: float(values[i]) for name, values in members.items()},
             )  # fmt: skip
-            yield sample, perturbed[i].cpu(), score, self._example(i, score, images, perturbed, targets, before, after)
+            example = self._example(i, score, images, perturbed, targets, before, after)
+            yield _Attacked(sample, perturbed[i].cpu(), score, example)
 
     def _logits(self, images: Tensor) -> Tensor:
         """Logits of all images, in the same chunks as the attacks use."""
@@ -283,40 +348,57 @@ class _Runner:
         self, i: int, score: SampleScore, images: Tensor, perturbed: Tensor, targets: Tensor, *logits: Tensor
     ) -> Example:
         labels = self.model.labels
-        before, after = (labels.predicted_foreground(values[i : i + 1])[0].cpu() for values in logits)
-        return Example(
-            title=f"{score.sample.case}, tile {score.sample.tile}",
-            dice_before=score.clean_dice,
-            dice_after=score.dice,
-            image=images[i].cpu(),
-            perturbed=perturbed[i].cpu(),
-            target=labels.foreground(targets[i : i + 1], logits[0].shape[1])[0].cpu(),
-            before=before,
-            after=after,
+        before, after = (labels.predicted_foreground(values[i : i + 1])[0] for values in logits)
+        target = labels.foreground(targets[i : i + 1], logits[0].shape[1])[0]
+        dice = score.clean_dice, score.dice
+        return make_example(*score.sample, dice, images[i], perturbed[i], target, before, after)
+
+    def _is_done(self, condition: Condition, sample: Sample) -> bool:
+        key = _key(sample)
+        if key not in self.records.samples[condition]:
+            return False
+        if not self._needs_tile(condition, sample) or sample.case in self.records.cases[condition]:
+            return True
+        return self.records.load_tile(condition, key) is not None
+
+    def _needs_tile(self, condition: Condition, sample: Sample) -> bool:
+        """Whether a case's score will be made of it."""
+        return (
+            self.case_level is not None and condition.level is not None and sample.case in self.selection.complete_cases
         )
 
-    def _score_case(self, outcome: Outcome, name: str, tiles: Sequence[tuple[Place, Tensor]]) -> None:
-        if self.case_level is None or name not in self.selection.complete_cases:
+    def _score_finished(self, condition: Condition, names: Iterable[str]) -> None:
+        """Score those of the named cases all of whose samples are done."""
+        if self.case_level is None:
             return
+        scored, done = self.records.cases[condition], self.records.samples[condition]
+        for name in names:
+            mine = self._samples_of[name]
+            if name in scored or name not in self.selection.complete_cases:
+                continue
+            tiles = [self.records.load_tile(condition, _key(sample)) for sample in mine if condition.level]
+            if all(_key(sample) in done for sample in mine) and all(tile is not None for tile in tiles):
+                places = [sample.place for sample in mine]
+                found = [(place, tile) for place, tile in zip(places, tiles, strict=False) if tile is not None]
+                self.records.add_case(condition, name, self._case_score(condition, name, found))
+
+    def _case_score(self, condition: Condition, name: str, tiles: Sequence[tuple[Place, Tensor]]) -> CaseScore:
+        assert self.case_level is not None
         case = self.cases.load(name)
-        image = case.image if outcome.attack == CLEAN else self.case_level.merge(case, tiles)
-        if outcome.attack != CLEAN:
-            image = self.evaluation.protocol.clamp(image)
-        outcome.cases[name] = self.case_level.score(case, image)
-
-    def _score_cases_without_samples(self, outcome: Outcome) -> None:
-        """A complete case without foreground has no samples, but counts at the case level."""
-        for name in sorted(self.selection.complete_cases - outcome.cases.keys()):
-            self._score_case(outcome, name, [])
+        if condition.attack == CLEAN:
+            return self.case_level.score(case, case.image)
+        return self.case_level.score(case, self.evaluation.protocol.clamp(self.case_level.merge(case, tiles)))
 
 
-def _keep_worst(worst: list[Example], example: Example) -> None:
-    """Keep those that lost most Dice."""
-    worst.append(example)
-    worst.sort(key=lambda e: e.dice_after - e.dice_before)
-    del worst[WORST_KEPT:]
+def _key(sample: Sample) -> SampleKey:
+    return SampleKey(sample.case, sample.tile)
 
 
 def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """MPS has no exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

@@ -18,6 +18,8 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.environment import choose_device
 from nnunet_ima.evaluation.evaluate import Request, evaluate, read_fold
+from nnunet_ima.evaluation.identity import FILE as RUN_FILE
+from nnunet_ima.evaluation.identity import read_run
 from nnunet_ima.evaluation.models import load_model, read_json
 from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.files import atomic_path, write_text
@@ -113,17 +115,18 @@ def _measure(request: Request) -> Candidate:
     assert request.output is not None
     checkpoint = _model_of(request) / f"fold_{request.fold}" / request.checkpoint
     # Not the command as typed: with another budget for clean Dice, the measurements are the same.
-    same = (request.attacks, request.norm, request.levels, request.max_samples, request.seed, request.device)
-    folder, request = request.output, replace(request, command=f"{MINE} {same}")
-    file = folder / "summary.json"
-    summary = read_json(file) if file.is_file() else {}
+    way = (request.attacks, request.norm, request.levels, request.max_samples, request.seed, request.device)
+    folder, request = request.output, replace(request, command=f"{MINE} {way}")
+    begun = read_run(folder)["head"] if (folder / RUN_FILE).is_file() else {}
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else ""
-    if summary.get("command") != request.command or summary["model"]["sha256"] != digest:
-        if str(summary.get("command", "")).startswith(MINE):
-            shutil.rmtree(folder)  # ours, and of another attack or file; anybody else's is refused by evaluate
+    same = begun.get("command") == request.command and begun["model"]["sha256"] == digest
+    if not same and str(begun.get("command", "")).startswith(MINE):
+        shutil.rmtree(folder)  # ours, and of another attack or file; anybody else's is refused by evaluate
+    file = folder / "summary.json"
+    if not same or not file.is_file():
         print(f"{folder.name}:", flush=True)
         evaluate(request)
-        summary = read_json(file)
+    summary = read_json(file)
     content = safe_load(checkpoint)
     ours = content["init_args"].get(KEY, {})
     margin = ours.get("largest_margin") if isinstance(ours, Mapping) else None

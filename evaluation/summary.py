@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_ima.evaluation.environment import versions
+from nnunet_ima.evaluation.identity import digest
 from nnunet_ima.evaluation.metrics import (
     SURFACE_TOLERANCE_MM,
-    Region,
     adi,
     mean_case_dice,
     mean_hd95,
@@ -23,54 +22,46 @@ from nnunet_ima.evaluation.metrics import (
     nan_mean,
     tvdi,
 )
-from nnunet_ima.evaluation.run import CLAMP, CLEAN, Evaluation, Outcome
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Outcome
 from nnunet_ima.evaluation.trust import check
 from nnunet_ima.files import write_text
 
-SCHEMA = "nnunet_ima/evaluation/1"
+SCHEMA = "nnunet_ima/evaluation/2"
+SEAL = "seal"
 
 
-def summarise(evaluation: Evaluation, outcomes: Sequence[Outcome], command: str) -> dict[str, Any]:
-    """The content of summary.json; figures are shares in [0, 1], distances in mm, None where undefined."""
+def summarise(head: Mapping[str, Any], outcomes: Sequence[Outcome], smallest_chunk: int | None) -> dict[str, Any]:
+    """The content of summary.json; figures are shares in [0, 1], distances in mm, None where undefined.
+
+    Args:
+        head: see :func:`~nnunet_ima.evaluation.description.describe_run`.
+        outcomes: clean first.
+        smallest_chunk: to what the samples in a pass had to be reduced for want of memory, None if they had not.
+    """
     by_name = {outcome.attack: outcome for outcome in outcomes if outcome.level is None}
     attacked = [outcome for outcome in outcomes if outcome.level is not None]
-    protocol = evaluation.protocol
-    summary: dict[str, Any] = {
-        "schema": SCHEMA,
-        "model": evaluation.model.describe(),
-        "protocol": {
-            "name": protocol.name,
-            "norm": protocol.norm,
-            "range": protocol.range,
-            "unit": protocol.unit,
-        },
-        "criterion": {
-            "dice_threshold": evaluation.criterion.threshold,
-            "dice_reduction": evaluation.criterion.reduction,
-        },
-        "classes": [_name_of(region, evaluation.model.dataset_json) for region in evaluation.model.foreground],
-        "seed": evaluation.seed,
-        "max_samples": evaluation.max_samples,
-        # Of a stock model, only the splits file beside the preprocessed data tells; it is taken at its word.
-        "trained_on_these_cases": evaluation.model.fold == "all" or bool(_learned_from(evaluation, outcomes)),
-        "started_from_unknown_weights": evaluation.model.started_from_unknown,
-        "device": str(evaluation.device),
-        "command": command,
-        "versions": versions(),
-        "clean": _figures(by_name[CLEAN], evaluation),
-    }
+    threshold = float(head["criterion"]["dice_threshold"])
+    summary: dict[str, Any] = {"schema": SCHEMA, **head, "clean": _figures(by_name[CLEAN], threshold)}
+    if smallest_chunk is not None:
+        summary["samples_in_a_pass_reduced_to"] = smallest_chunk
     if CLAMP in by_name:
-        summary["clamp_only"] = _figures(by_name[CLAMP], evaluation)
-    summary["results"] = [_result(outcome, evaluation) for outcome in attacked]
+        summary["clamp_only"] = _figures(by_name[CLAMP], threshold)
+    summary["results"] = [_result(outcome, threshold) for outcome in attacked]
     found = [finding._asdict() for finding in by_name[CLEAN].findings]
     summary["trust"] = found + check(by_name.get(CLAMP, by_name[CLEAN]), attacked)
     summary["trusted"] = all(item["passed"] for item in summary["trust"])
-    return _plain(summary)  # type: ignore[no-any-return]
+    plain: dict[str, Any] = _plain(summary)
+    return {**plain, SEAL: seal_of(plain)}
 
 
-def write_all(folder: Path, evaluation: Evaluation, outcomes: Sequence[Outcome], summary: Mapping[str, Any]) -> None:
+def seal_of(summary: Mapping[str, Any]) -> str:
+    """A number that changes with the summary, so that figures which were edited do not pass for measured ones."""
+    return digest({key: value for key, value in summary.items() if key != SEAL})
+
+
+def write_all(folder: Path, outcomes: Sequence[Outcome], summary: Mapping[str, Any]) -> None:
     """Write all tables; summary.json comes last, so that it stands for a complete set."""
-    regions = [_key(region) for region in evaluation.model.foreground]
+    regions = summary["labels"]
     write_text(folder / "samples.csv", _samples_csv(outcomes, regions))
     write_text(folder / "cases.csv", _cases_csv(outcomes, regions))
     write_text(folder / "table.md", markdown_table(summary))
@@ -109,6 +100,12 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
         lines += ["", "The model was trained on these very cases, or some of them; the figures flatter it."]
     elif summary["started_from_unknown_weights"]:
         lines += ["", "The training started from other weights; whether those learned from these cases is not known."]
+    if "samples_in_a_pass_reduced_to" in summary:
+        lines += [
+            "",
+            f"The memory was not enough; some passes held {summary['samples_in_a_pass_reduced_to']} samples, on which "
+            f"the last digits of a result depend.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -138,18 +135,13 @@ def average_tvdi(summary: Mapping[str, Any]) -> dict[str, float]:
     return {attack: nan_mean(mine) for attack, mine in values.items()}
 
 
-def _learned_from(evaluation: Evaluation, outcomes: Sequence[Outcome]) -> frozenset[str]:
-    """Cases attacked here that the weights learned from, in this training or in one that it started from."""
-    return evaluation.model.training_cases & {score.sample.case for score in outcomes[0].samples}
-
-
-def _figures(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
+def _figures(outcome: Outcome, threshold: float) -> dict[str, Any]:
     dice = np.array([score.dice for score in outcome.samples])
     scores = list(outcome.cases.values())
     return {
         "tvdi": tvdi(np.array([score.counts for score in outcome.samples])) if len(dice) else None,
         "adi": adi(dice),
-        "robust_share": float((dice > evaluation.criterion.threshold).mean()) if len(dice) else None,
+        "robust_share": float((dice > threshold).mean()) if len(dice) else None,
         "case_dice": mean_case_dice(scores),
         "hd95": mean_hd95(scores),
         "surface_dice": mean_surface_dice(scores),
@@ -158,17 +150,17 @@ def _figures(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _result(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
+def _result(outcome: Outcome, threshold: float) -> dict[str, Any]:
     assert outcome.level is not None
     return {
         "attack": outcome.attack,
         "level": outcome.level.text,
         "epsilon": outcome.level.value,
         "epsilon_z_scores": nan_mean([score.epsilon for score in outcome.samples]),
-        **_figures(outcome, evaluation),
+        **_figures(outcome, threshold),
         "forward_passes_per_sample": nan_mean([float(score.passes) for score in outcome.samples]),
         "backward_passes_per_sample": nan_mean([float(score.backward_passes) for score in outcome.samples]),
-        **_by_attack(outcome, evaluation.criterion.threshold),
+        **_by_attack(outcome, threshold),
     }
 
 
@@ -239,18 +231,6 @@ def _number(value: float | None) -> float:
 
 def _norm_name(norm: str) -> str:
     return {"l2": "L2", "linf": "Linf"}[norm]
-
-
-def _key(region: Region) -> str:
-    return "+".join(str(label) for label in region) if isinstance(region, tuple) else str(region)
-
-
-def _name_of(region: Region, dataset_json: Mapping[str, Any]) -> str:
-    """The name that dataset.json gives a class or region."""
-    for name, label in dataset_json["labels"].items():
-        if (tuple(label) if isinstance(label, list) else label) == region:
-            return str(name)
-    return _key(region)
 
 
 def _plain(value: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from nnunet_ima.evaluation.metrics import adi
+from nnunet_ima.evaluation.outcomes import Outcome
 from nnunet_ima.evaluation.protocols import Level
-from nnunet_ima.evaluation.run import Outcome
 
 # Rounding, and the little by which the worst of 100 draws may beat a weak gradient attack on a tiny sample.
 SLACK = 0.005

@@ -30,11 +30,14 @@ from nnunet_ima.evaluation.cases import Case, ValidationCases
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.models import TrainedModel, load_model
+from nnunet_ima.evaluation.outcomes import CLEAN, Condition
 from nnunet_ima.evaluation.protocols import Protocol, parse_level
+from nnunet_ima.evaluation.records import Records
 from nnunet_ima.evaluation.run import Evaluation, _Runner, select_samples
 from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
 
-FILES = {"summary.json", "samples.csv", "cases.csv", "table.md", "dice_against_level.png", "worst_samples.png"}
+TABLES = {"summary.json", "samples.csv", "cases.csv", "table.md", "dice_against_level.png", "worst_samples.png"}
+FILES = {*TABLES, "run.json", "records"}
 CPU = torch.device("cpu")
 Rows = list[dict[str, str]]
 
@@ -115,7 +118,7 @@ def model_3d(project, std_3d) -> TrainedModel:
 
 
 @pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
-def test_all_six_files_are_there_and_nothing_else(which, request):
+def test_all_files_are_there_and_nothing_else(which, request):
     assert {file.name for file in request.getfixturevalue(which).folder.iterdir()} == FILES
 
 
@@ -333,23 +336,28 @@ def evaluation(model: TrainedModel, protocol: Protocol, attack: str, batch_size:
 
 @pytest.mark.parametrize(("norm", "level"), [("l2", "20"), ("linf", "64/255")])
 @pytest.mark.parametrize("dimensions", ["2d", "3d"])
-def test_sound_perturbations_stay_in_the_cases_range_and_off_the_padding(model, model_3d, norm, level, dimensions):
+def test_sound_perturbations_stay_in_the_cases_range_and_off_the_padding(
+    model, model_3d, norm, level, dimensions, tmp_path
+):
     trained = model if dimensions == "2d" else model_3d
     cases = ValidationCases(trained)
     selection = select_samples(cases, 12 if dimensions == "2d" else 2, 0, progress=False)
     asked = evaluation(trained, Protocol("sound", norm), "pgd:steps=3")
-    runner = _Runner(asked, cases, selection)
-    list(runner._attack(None, None, selection.samples))
-    for sample, perturbed, score, _ in runner._attack(asked.attacks[0], parse_level(level, norm), selection.samples):
+    clean, attacked = Condition(CLEAN, None), Condition("pgd:steps=3", parse_level(level, norm))
+    records = Records(tmp_path, [clean, attacked])
+    runner = _Runner(asked, cases, selection, records)
+    with records.writing():
+        records.add_samples(clean, [one.score for one in runner.attack(None, clean, selection.samples)])
+    for sample, perturbed, score, _ in runner.attack(asked.attacks[0], attacked, selection.samples):
         case = cases.load(sample.case)
-        clean, fixed = cases.patch(case.image, sample.place), cases.patch(case.fixed, sample.place)
+        image, fixed = cases.patch(case.image, sample.place), cases.patch(case.fixed, sample.place)
         raw, _, _, _ = raw_case(trained, sample.case)
         assert float(case.low[0]) == raw.min()
         assert float(case.high[0]) == raw.max()
-        assert float(perturbed.min()) >= min(raw.min(), float(clean[fixed].min()) if fixed.any() else np.inf)
-        assert float(perturbed.max()) <= max(raw.max(), float(clean[fixed].max()) if fixed.any() else -np.inf)
-        assert torch.equal(perturbed[fixed], clean[fixed])
-        assert not torch.equal(perturbed[~fixed], clean[~fixed]) or score.dice == 0 or score.norm == 0
+        assert float(perturbed.min()) >= min(raw.min(), float(image[fixed].min()) if fixed.any() else np.inf)
+        assert float(perturbed.max()) <= max(raw.max(), float(image[fixed].max()) if fixed.any() else -np.inf)
+        assert torch.equal(perturbed[fixed], image[fixed])
+        assert not torch.equal(perturbed[~fixed], image[~fixed]) or score.dice == 0 or score.norm == 0
         assert score.norm > 0 or score.clean_dice == 0
     if dimensions == "2d":
         assert any(bool(cases.load(name).fixed.any()) for name in cases.names)
@@ -491,6 +499,37 @@ def test_max_samples_is_an_upper_limit_and_only_whole_cases_count(model, count):
         assert (name in selection.complete_cases) == whole
 
 
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_without_a_case_level_samples_are_drawn_from_all_cases(model, count):
+    """Slices of one case resemble each other."""
+    cases = ValidationCases(model)
+    everything = list(cases.samples(cases.names))
+    selection = select_samples(cases, count, 0, progress=False, whole_cases=False)
+    assert len(selection.samples) == min(count, len(everything))
+    assert selection.samples == sorted(set(selection.samples) & set(everything), key=lambda s: (s.case, s.tile))
+    assert not selection.complete_cases
+    assert selection.all_cases == sorted({sample.case for sample in selection.samples})
+    if count == 7:
+        assert len(selection.all_cases) > 1
+        other = select_samples(cases, count, 1, progress=False, whole_cases=False)
+        assert other.samples != selection.samples
+
+
+def test_parts_share_the_cases_whichever_way_samples_are_chosen(model):
+    cases = ValidationCases(model)
+    for count, whole in ((None, True), (None, False), (17, True), (17, False)):
+        alone = select_samples(cases, count, 0, progress=False, whole_cases=whole)
+        parts = [select_samples(cases, count, 0, False, 3, part, whole) for part in range(3)]
+        assert [sample for part in parts for sample in part.samples if sample.case in cases.names[0:1]] == [
+            sample for sample in alone.samples if sample.case in cases.names[0:1]
+        ]
+        assert sorted((s.case, s.tile) for part in parts for s in part.samples) == [
+            (s.case, s.tile) for s in alone.samples
+        ]
+        assert all(part.all_cases == alone.all_cases for part in parts)
+        assert not parts[0].complete_cases & parts[1].complete_cases
+
+
 def test_without_cases_the_case_level_is_empty_and_said_to_be(std_2d, tmp_path):
     report = run(tmp_path, "-m", str(std_2d), "--no-cases", "--max-samples", "2", "--levels", "1", "--attacks",
                  "pgd:steps=1")  # fmt: skip
@@ -593,7 +632,7 @@ def test_the_network_always_runs_on_the_same_number_of_samples(std_2d, tmp_path,
 
 
 def test_bad_data_leaves_no_empty_folder_behind(std_2d, tmp_path, monkeypatch):
-    def refuse(_):
+    def refuse(*_):
         raise UserError("no.")
 
     monkeypatch.setattr("nnunet_ima.evaluation.run.Evaluation.run", refuse)

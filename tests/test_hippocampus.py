@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_ima.evaluation.comparison import Run, write_comparison
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, SmallNetwork
+from nnunet_ima.evaluation.report import write_report
 
 TASK = Path(__file__).parents[2] / "shared" / "data" / "Task04_Hippocampus"
 CASES = 15
@@ -57,8 +57,8 @@ def test_stock_and_hardened_model_from_scans_to_page(few_cases: Path, tmp_path: 
     runs = []
     for method in (STOCK, HARDENED):
         pipeline.train(dataset, method)
-        runs.append(Run(method.title, pipeline.evaluate(dataset, method, attacks)))
-    write_comparison(runs, tmp_path / "report.html", phantom=False)
+        runs.append(pipeline.evaluate(dataset, method, attacks))
+    page = write_report(runs, tmp_path / "report")
 
     checkpoint = pipeline.model(dataset, HARDENED) / "fold_0" / "checkpoint_final.pth"
     saved = torch.load(checkpoint, weights_only=False, map_location="cpu")["init_args"]["nnunet_ima"]
@@ -70,7 +70,7 @@ def test_stock_and_hardened_model_from_scans_to_page(few_cases: Path, tmp_path: 
     assert len(margins.unique()) > 1  # some moved
 
     for run in runs:
-        summary = json.loads((run.folder / "summary.json").read_text())
+        summary = json.loads((run / "summary.json").read_text())
         assert all(item["passed"] for item in summary["trust"]), summary["trust"]
         assert summary["clean"]["n_samples"] == 40
         assert summary["clean"]["tvdi"] > 0.2
@@ -78,4 +78,4 @@ def test_stock_and_hardened_model_from_scans_to_page(few_cases: Path, tmp_path: 
         for result in summary["results"]:
             assert result["tvdi"] <= summary["clean"]["tvdi"] + 0.02
             assert result["adi"] <= summary["clean"]["adi"]
-    assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page.read_text()

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from nnunet_ima.evaluation.outcomes import Outcome, SampleKey, SampleScore
 from nnunet_ima.evaluation.protocols import Level
-from nnunet_ima.evaluation.run import Outcome, SampleScore
 from nnunet_ima.evaluation.trust import check
 
 LEVEL = Level("5", 5.0)
-SAMPLES = ("a", "b")
+SAMPLES = (SampleKey("a", 0), SampleKey("b", 0))
 
 
 def outcome(attack: str, dice: float, level: Level | None = LEVEL, **members: tuple[float, float]) -> Outcome:

@@ -1,0 +1,84 @@
+"""What is said of an evaluation besides its figures, and what these figures depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nnunet_ima.evaluation.environment import versions
+from nnunet_ima.evaluation.identity import digest
+from nnunet_ima.evaluation.metrics import Region
+
+if TYPE_CHECKING:
+    from nnunet_ima.evaluation.run import Evaluation
+
+
+def identify(evaluation: Evaluation, cases: Sequence[str], chunk: int) -> dict[str, Any]:
+    """Everything that a number of the evaluation depends on, as far as it can be told beforehand.
+
+    Args:
+        evaluation: whose.
+        cases: names of those that all parts together attack.
+        chunk: samples that go through the network at once.
+    """
+    model = evaluation.model
+    return {
+        "model": {
+            **model.describe(),
+            "plans.json": digest(model.plans.plans),
+            "dataset.json": digest(model.dataset_json),
+        },
+        "protocol": evaluation.protocol.name,
+        "norm": evaluation.protocol.norm,
+        "levels": [level.text for level in evaluation.levels],
+        "attacks": [attack.text for attack in evaluation.attacks],
+        "max samples": evaluation.max_samples,
+        "seed": evaluation.seed,
+        "case level": evaluation.case_level,
+        "criterion": {"threshold": evaluation.criterion.threshold, "reduction": evaluation.criterion.reduction},
+        "cases": list(cases),
+        "samples in a pass": chunk,
+        "device": evaluation.device.type,
+        "version of": versions(),
+    }
+
+
+def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> dict[str, Any]:
+    """The head of summary.json."""
+    model, protocol = evaluation.model, evaluation.protocol
+    return {
+        "model": model.describe(),
+        "protocol": {
+            "name": protocol.name,
+            "norm": protocol.norm,
+            "range": protocol.range,
+            "unit": protocol.unit,
+        },
+        "criterion": {
+            "dice_threshold": evaluation.criterion.threshold,
+            "dice_reduction": evaluation.criterion.reduction,
+        },
+        "classes": [_name_of(region, model.dataset_json) for region in model.foreground],
+        "labels": [_key(region) for region in model.foreground],
+        "seed": evaluation.seed,
+        "max_samples": evaluation.max_samples,
+        # Of a stock model, only the splits file beside the preprocessed data tells; it is taken at its word.
+        "trained_on_these_cases": model.fold == "all" or bool(model.training_cases & set(cases)),
+        "started_from_unknown_weights": model.started_from_unknown,
+        "margins_by_epoch": model.margins,
+        "device": str(evaluation.device),
+        "command": command,
+        "versions": versions(),
+    }
+
+
+def _name_of(region: Region, dataset_json: Mapping[str, Any]) -> str:
+    """The name that dataset.json gives a class or region."""
+    for name, label in dataset_json["labels"].items():
+        if (tuple(label) if isinstance(label, list) else label) == region:
+            return str(name)
+    return _key(region)
+
+
+def _key(region: Region) -> str:
+    return "+".join(str(label) for label in region) if isinstance(region, tuple) else str(region)

@@ -1,0 +1,141 @@
+"""Join what the parts of an evaluation noted into its tables and pictures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_ima.attacks import Finding
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.identity import read_run, refuse_different, write_identity
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, Outcome, lost_most
+from nnunet_ima.evaluation.pictures import draw_dice_against_level, draw_worst
+from nnunet_ima.evaluation.protocols import parse_level
+from nnunet_ima.evaluation.records import RECORDS, Records, part_folders
+from nnunet_ima.evaluation.summary import summarise, write_all
+
+NAMED = 3
+
+
+def gather(folders: Sequence[Path], output: Path) -> None:
+    """Copy the records of runs that were made in other folders, on other machines, to ``output``.
+
+    Raises:
+        UserError: a folder holds no run, or another one than the first.
+    """
+    for folder in folders:
+        run = read_run(folder)
+        refuse_different(read_run(folders[0])["identity"], run["identity"], folders[0])
+        if not part_folders(folder):
+            raise UserError(f"{folder} holds no records; give the folders in which the parts were run.")
+    output.mkdir(parents=True, exist_ok=True)
+    for number, folder in enumerate(folders):
+        run = read_run(folder)
+        write_identity(output, run["identity"], run["head"])
+        if folder.resolve() == output.resolve():
+            continue
+        for part in part_folders(folder):
+            # Several machines may each have run the only part of one, with other cases done.
+            target = output / RECORDS / f"{part.name}_from_{number}"
+            temporary = target.with_name(f".{target.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(part, temporary, ignore=shutil.ignore_patterns("lock", ".*.tmp", "tiles"))
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+
+
+def merge(folder: Path) -> dict[str, Any]:
+    """Write summary.json, samples.csv, cases.csv, table.md and two pictures from the records in ``folder``.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: something is missing; it is said what.
+    """
+    run = read_run(folder)
+    conditions = conditions_of(run["identity"])
+    parts = [Records(part, conditions) for part in part_folders(folder)]
+    _refuse_incomplete(folder, run["identity"], conditions, parts)
+    outcomes = [_join(condition, parts) for condition in conditions]
+    if not outcomes[0].samples:
+        raise UserError(f"No validation case of {folder} holds any foreground, so nothing can be measured.")
+    outcomes[0].findings = _join_findings([part.findings for part in parts if part.findings is not None])
+    chunks = [part.smallest_chunk for part in parts if part.smallest_chunk is not None]
+    summary = summarise(run["head"], outcomes, min(chunks, default=None))
+    # It stands for a complete set: an older one must not stay beside newer tables if writing these fails.
+    (folder / "summary.json").unlink(missing_ok=True)
+    # The tables first: no picture is worth the attacks of a night.
+    write_all(folder, outcomes, summary)
+    draw_dice_against_level(summary, folder / "dice_against_level.png")
+    # The panel shows the condition that took most Dice off the samples.
+    strongest = min(outcomes[1:], key=lambda o: sum(score.dice for score in o.samples))
+    if strongest.worst:
+        draw_worst(strongest, summary["classes"], folder / "worst_samples.png")
+    return summary
+
+
+def conditions_of(identity: Mapping[str, Any]) -> list[Condition]:
+    """Those of a run, in its order."""
+    none = [CLEAN, CLAMP] if identity["protocol"] == "paper" else [CLEAN]
+    levels = [parse_level(text, identity["norm"]) for text in identity["levels"]]
+    return [Condition(name, None) for name in none] + [
+        Condition(attack, level) for attack in identity["attacks"] for level in levels
+    ]
+
+
+def _refuse_incomplete(
+    folder: Path, identity: Mapping[str, Any], conditions: Sequence[Condition], parts: Sequence[Records]
+) -> None:
+    planned = {case for part in parts for case in part.planned}
+    missing = [case for case in identity["cases"] if case not in planned]
+    if missing:
+        raise UserError(
+            f"{folder} is not complete: no part that was begun attacks {_few(missing)}; run the parts that are missing "
+            f"(-num_parts, -part_id)."
+        )
+    for part in parts:
+        for condition in conditions:
+            wanted = {(case, tile) for case, tiles in part.planned.items() for tile in tiles}
+            left = wanted.difference(*(other.samples[condition] for other in parts))
+            cases = part.complete_cases.difference(*(other.cases[condition] for other in parts))
+            if left or (cases and identity["case level"]):
+                what = f"{len(left)} samples" if left else f"{len(cases)} cases"
+                raise UserError(
+                    f"{part.folder} is not complete: {what} under {condition} are missing; start that part again, it "
+                    f"goes on where it stopped."
+                )
+    if all(part.findings is None for part in parts if any(part.planned.values())):
+        raise UserError(f"{folder} is not complete: the checks of the network are missing; start a part again.")
+
+
+def _join(condition: Condition, parts: Sequence[Records]) -> Outcome:
+    scores = {key: score for part in parts for key, score in part.samples[condition].items()}
+    cases = {name: score for part in parts for name, score in part.cases[condition].items()}
+    samples = [scores[key] for key in sorted(scores)]
+    found = ((part.load_example(condition, score.sample) for part in parts) for score in lost_most(samples))
+    shown = [next((example for example in examples if example is not None), None) for examples in found]
+    return Outcome(
+        condition.attack,
+        condition.level,
+        samples,
+        dict(sorted(cases.items())),
+        [example for example in shown if example is not None],
+    )
+
+
+def _join_findings(parts: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """A check has passed if it has in all parts; of those where it has not, the first one's sentence."""
+    names = dict.fromkeys(finding.name for part in parts for finding in part)
+    joined = []
+    for name in names:
+        mine = [finding for part in parts for finding in part if finding.name == name]
+        joined.append(next((finding for finding in mine if not finding.passed), mine[0]))
+    return joined
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more cases" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

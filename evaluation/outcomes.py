@@ -1,0 +1,84 @@
+"""What an evaluation finds: scores of samples and cases under each condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nnunet_ima.attacks import Finding
+from nnunet_ima.evaluation.examples import Example
+from nnunet_ima.evaluation.metrics import Array, CaseScore
+from nnunet_ima.evaluation.protocols import Level
+
+CLEAN, CLAMP = "clean", "clamp-only"
+WORST_KEPT = 4
+
+
+class SampleKey(NamedTuple):
+    """Which sample: a tile of a case, by its number in nnU-Net's sliding-window order."""
+
+    case: str
+    tile: int
+
+
+class Condition(NamedTuple):
+    """What is done to the samples: an attack as the user wrote it at a level; no level for clean and clamp only."""
+
+    attack: str
+    level: Level | None
+
+    def __str__(self) -> str:
+        return f"{self.attack} {self.level.text}" if self.level else self.attack
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """One sample under one condition.
+
+    Attributes:
+        counts: (F, 3) of tp, fp, fn for each foreground class or region.
+        dice: of the perturbed sample, in [0, 1].
+        clean_dice: of the same sample untouched.
+        epsilon: the largest perturbation allowed, in z-scores.
+        norm: of the perturbation found.
+        passes: forward passes spent.
+        backward_passes: backward passes spent.
+        by_attack: Dice under each member of an ensemble, NaN where it was not needed any more.
+    """
+
+    sample: SampleKey
+    counts: Array
+    dice: float
+    clean_dice: float
+    epsilon: float
+    norm: float
+    passes: int
+    backward_passes: int = 0
+    by_attack: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """Everything about one condition.
+
+    Attributes:
+        attack: as the user wrote it; ``clean`` or ``clamp-only`` without an attack.
+        level: None without an attack.
+        samples: in the order of the cases, then of the tiles.
+        cases: by name; only cases all of whose samples were attacked.
+        worst: the samples that lost most Dice, to be shown.
+        findings: of the clean condition: what the checks of the network found.
+    """
+
+    attack: str
+    level: Level | None
+    samples: list[SampleScore] = field(default_factory=list)
+    cases: dict[str, CaseScore] = field(default_factory=dict)
+    worst: list[Example] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def lost_most(scores: list[SampleScore]) -> list[SampleScore]:
+    """The few samples that lost most Dice; of equal ones those that come first."""
+    return sorted(scores, key=lambda score: (score.dice - score.clean_dice, score.sample))[:WORST_KEPT]

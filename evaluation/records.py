@@ -1,0 +1,211 @@
+"""What a part of an evaluation has done so far, on disk: a killed run goes on from here, and parts are merged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunet_ima.attacks import Finding
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.examples import Example, load_example, save_example
+from nnunet_ima.evaluation.journal import Journal, Record
+from nnunet_ima.evaluation.metrics import CaseScore
+from nnunet_ima.evaluation.outcomes import Condition, SampleKey, SampleScore, lost_most
+from nnunet_ima.files import atomic_path, remove_leftovers
+
+RECORDS = "records"
+
+
+def part_folder(run: Path, num_parts: int, part_id: int) -> Path:
+    """Where part ``part_id`` of ``num_parts`` keeps what it has done."""
+    return run / RECORDS / f"part_{part_id}_of_{num_parts}"
+
+
+def part_folders(run: Path) -> list[Path]:
+    """Of all parts that were begun."""
+    return sorted(folder for folder in (run / RECORDS).glob("part_*_of_*") if folder.is_dir())
+
+
+class Records:
+    """Scores of samples and cases, tiles of cases that are not finished, and examples, in one folder.
+
+    Args:
+        folder: of the part; it need not exist to be read.
+        conditions: of the evaluation, in its order; records of others are ignored.
+    """
+
+    def __init__(self, folder: Path, conditions: Sequence[Condition]) -> None:
+        self.folder = folder
+        self._journal = Journal(folder / "journal.jsonl")
+        self._number = {condition: number for number, condition in enumerate(conditions)}
+        self.samples: dict[Condition, dict[SampleKey, SampleScore]] = {condition: {} for condition in conditions}
+        self.cases: dict[Condition, dict[str, CaseScore]] = {condition: {} for condition in conditions}
+        self.planned: dict[str, list[int]] = {}
+        self.complete_cases: set[str] = set()
+        self.findings: list[Finding] | None = None
+        self.smallest_chunk: int | None = None
+        known = {_name_of(condition): condition for condition in conditions}
+        for record in self._journal.read():
+            self._take(record, known)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Only one process may add to a part.
+
+        Raises:
+            UserError: another one does.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.folder / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"Another process is at work on {self.folder}; wait for it, or give each machine a -part_id of its own."
+            ) from None
+        try:
+            for place in [self.folder, *self.folder.glob("tiles/*/*"), *self.folder.glob("examples/*")]:
+                remove_leftovers(place)
+            yield
+        finally:
+            lock.release()
+
+    def plan(self, samples: Mapping[str, Sequence[int]], complete_cases: Sequence[str]) -> None:
+        """Note which tiles of which cases this part is to do, and which cases it does completely."""
+        self._add(
+            {
+                "kind": "plan",
+                "samples": {case: list(tiles) for case, tiles in samples.items()},
+                "complete_cases": sorted(complete_cases),
+            }
+        )
+
+    def add_samples(self, condition: Condition, scores: Sequence[SampleScore]) -> None:
+        """Note scores; once this returns, they are safe."""
+        self._add(*(_sample_record(condition, score) for score in scores))
+
+    def add_case(self, condition: Condition, name: str, score: CaseScore) -> None:
+        """Note a case's score, and forget the tiles it was made of."""
+        self._add(
+            {
+                "kind": "case",
+                "condition": _name_of(condition),
+                "case": name,
+                "dice": score.dice,
+                "hd95": score.hd95,
+                "surface_dice": score.surface_dice,
+            }
+        )
+        shutil.rmtree(self._tiles(condition, name), ignore_errors=True)
+
+    def add_findings(self, findings: Sequence[Finding]) -> None:
+        """Note what the checks of the network found."""
+        self._add({"kind": "findings", "findings": [list(finding) for finding in findings]})
+
+    def note_chunk(self, chunk: int) -> None:
+        """Note that from now on the network runs on fewer images at once, for want of memory."""
+        self._add({"kind": "chunk", "chunk": chunk})
+
+    def save_tile(self, condition: Condition, sample: SampleKey, tile: Tensor) -> None:
+        """Keep a perturbed tile (C, *patch) until its case is scored."""
+        file = self._tiles(condition, sample.case) / f"{sample.tile}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary, temporary.open("wb") as stream:
+            np.save(stream, tile.numpy())
+
+    def load_tile(self, condition: Condition, sample: SampleKey) -> Tensor | None:
+        """A perturbed tile; None if it is not there, or damaged."""
+        try:
+            found = np.load(self._tiles(condition, sample.case) / f"{sample.tile}.npy", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return torch.from_numpy(found)
+
+    def forget_tiles(self) -> None:
+        """Remove what is left of tiles once everything is scored."""
+        shutil.rmtree(self.folder / "tiles", ignore_errors=True)
+
+    def keep_worst(self, condition: Condition, examples: Sequence[Example], scores: Sequence[SampleScore]) -> None:
+        """Of these examples, with their scores, and those kept before, keep the ones that lost most."""
+        folder = self.folder / "examples" / str(self._number[condition])
+        known = {**self.samples[condition], **{score.sample: score for score in scores}}
+        wanted = {_example_file(score.sample) for score in lost_most(list(known.values()))}
+        folder.mkdir(parents=True, exist_ok=True)
+        for example in examples:
+            name = _example_file(SampleKey(example.case, example.tile))
+            if name in wanted:
+                save_example(example, folder / name)
+        for file in folder.iterdir():
+            if file.name not in wanted:
+                file.unlink()
+
+    def load_example(self, condition: Condition, sample: SampleKey) -> Example | None:
+        """An example that was kept."""
+        file = self.folder / "examples" / str(self._number[condition]) / _example_file(sample)
+        return load_example(file, *sample)
+
+    def _tiles(self, condition: Condition, case: str) -> Path:
+        return self.folder / "tiles" / str(self._number[condition]) / case
+
+    def _add(self, *records: Record) -> None:
+        self._journal.append(records)
+        known = {_name_of(condition): condition for condition in self._number}
+        for record in records:
+            self._take(record, known)
+
+    def _take(self, record: Record, known: Mapping[str, Condition]) -> None:
+        kind = record["kind"]
+        if kind == "plan":
+            self.planned = record["samples"]
+            self.complete_cases = set(record["complete_cases"])
+        elif kind == "findings":
+            self.findings = [Finding(*finding) for finding in record["findings"]]
+        elif kind == "chunk":
+            self.smallest_chunk = min(record["chunk"], self.smallest_chunk or record["chunk"])
+        elif record["condition"] in known:
+            condition = known[record["condition"]]
+            if kind == "sample":
+                score = _sample_score(record)
+                self.samples[condition][score.sample] = score
+            else:
+                kinds = (tuple(record[name]) for name in ("dice", "hd95", "surface_dice"))
+                self.cases[condition][record["case"]] = CaseScore(*kinds)
+
+
+def _name_of(condition: Condition) -> str:
+    return f"{condition.attack} @ {condition.level.text if condition.level else 'none'}"
+
+
+def _example_file(sample: SampleKey) -> str:
+    return f"{sample.case}__{sample.tile}.npz"
+
+
+def _sample_record(condition: Condition, score: SampleScore) -> Record:
+    return {
+        "kind": "sample",
+        "condition": _name_of(condition),
+        "case": score.sample.case,
+        "tile": score.sample.tile,
+        "counts": score.counts.tolist(),
+        "dice": score.dice,
+        "clean_dice": score.clean_dice,
+        "epsilon": score.epsilon,
+        "norm": score.norm,
+        "passes": score.passes,
+        "backward_passes": score.backward_passes,
+        "by_attack": dict(score.by_attack),
+    }
+
+
+def _sample_score(record: Record) -> SampleScore:
+    values: dict[str, Any] = {key: value for key, value in record.items() if key not in ("kind", "condition")}
+    sample = SampleKey(values.pop("case"), values.pop("tile"))
+    return SampleScore(sample, np.array(values.pop("counts"), float), **values)

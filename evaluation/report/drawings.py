@@ -1,0 +1,158 @@
+"""The charts of a setting: what they show, from its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from nnunet_ima.evaluation.metrics import nan_mean
+from nnunet_ima.evaluation.report.charts import Axis, Point, Series, axis_around, chart, percent_axis
+from nnunet_ima.evaluation.report.figures import NOISE, Setting, tvdi
+from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart and what it says."""
+
+    title: str
+    picture: Markup
+    caption: str
+
+
+def drawings_of(setting: Setting, colours: Mapping[str, str]) -> list[Drawing]:
+    """Those that make sense for a setting."""
+    made = [
+        _dice_against_level(setting, colours),
+        _clean_against_robust(setting, colours),
+        _cases(setting, colours),
+        _sizes(setting, colours),
+        _margins(setting, colours),
+    ]
+    return [drawing for drawing in made if drawing is not None]
+
+
+def _dice_against_level(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
+    if setting.telling_level is None:
+        return None
+    ticks = {0.0: "0", **{value: text for text, value in setting.levels}}
+    noise = next((attack for attack in setting.attacks if attack.startswith(NOISE)), None)
+    series = []
+    for run in setting.runs:
+        colour = colours[run.title]
+        attacked = [_point(setting, run, 0.0, UNTOUCHED)]
+        attacked += [_point(setting, run, value, setting.key(text)) for text, value in setting.levels]
+        series.append(Series(run.title, colour, attacked))
+        if noise is not None:
+            points = [_point(setting, run, 0.0, UNTOUCHED)]
+            points += [_point(setting, run, value, (noise, text)) for text, value in setting.levels]
+            plain = [Point(point.x, point.y, title=point.title) for point in points]
+            series.append(Series(f"{run.title}, noise only", colour, plain, dashed=True, opacity=0.6))
+    x = Axis(f"noise level: {setting.norm_name}, {setting.unit}", 0.0, 1.03 * max(ticks), ticks)
+    return Drawing(
+        "Dice against noise level",
+        chart(f"Dice against noise level: {setting.name}", x, percent_axis("Dice (TVDI, %)"), series),
+        "Solid: the strongest attack of each level; the band is the 95 % interval. Dashed: plain noise of the same "
+        "size. A model that holds stays high on the solid line.",
+    )
+
+
+def _clean_against_robust(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
+    if setting.telling_level is None or len(setting.runs) < 2:
+        return None
+    series = []
+    for run in setting.runs:
+        robust = nan_mean([tvdi(run, setting.key(text)) for text, _ in setting.levels])
+        point = Point(100 * tvdi(run, UNTOUCHED), 100 * robust, title=f"{run.title}: {100 * robust:.1f}")
+        series.append(Series(run.title, colours[run.title], [point]))
+    return Drawing(
+        "Clean against robust",
+        chart(
+            f"Clean against robust Dice: {setting.name}",
+            percent_axis("Dice on clean scans (TVDI, %)"),
+            percent_axis("mean Dice over attacked levels (%)"),
+            series,
+        ),
+        "The best place is the upper right corner: good on clean scans, and good under attack.",
+    )
+
+
+def _cases(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
+    level = setting.telling_level
+    if level is None:
+        return None
+    key, series, ticks = setting.key(level), [], {}
+    spread = np.random.default_rng(0)
+    for number, run in enumerate(setting.runs):
+        for shift, where, name in ((0.25, UNTOUCHED, "clean"), (0.75, key, level)):
+            x = number + shift
+            ticks[x] = f"{run.title}, {name}" if len(setting.runs) < 4 else name
+            points = [
+                Point(x + float(spread.uniform(-0.13, 0.13)), 100 * dice, title=f"{case}: {100 * dice:.1f}")
+                for case, dice in run.case_dice(where).items()
+            ]
+            label = run.title if where == UNTOUCHED else ""
+            series.append(Series(label, colours[run.title], points, cloud=True, opacity=0.55))
+            middle = float(np.nanmedian([point.y for point in points]))
+            line = [Point(x - 0.2, middle, title=f"median {middle:.1f}"), Point(x + 0.2, middle)]
+            series.append(Series("", colours[run.title], line))
+    return Drawing(
+        "Case by case",
+        chart(f"Dice of each case: {setting.name}", Axis("", 0.0, float(len(setting.runs)), ticks),
+              percent_axis("Dice of a case (%)"), series, legend=len(setting.runs) > 3),
+        f"A dot is a case, the line their median; clean, and under {key[0]} at {setting.norm_name} {level}.",
+    )  # fmt: skip
+
+
+def _sizes(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
+    level = setting.telling_level
+    if level is None:
+        return None
+    key, series = setting.key(level), []
+    for run in setting.runs:
+        table = run.samples[key]
+        points = [
+            Point(float(size), 100 * float(dice), title=f"{case}, tile {tile}: {100 * dice:.0f}")
+            for size, dice, case, tile in zip(table.sizes, table.dice, table.cases, table.tiles, strict=True)
+        ]
+        series.append(Series(run.title, colours[run.title], points, cloud=True, opacity=0.45))
+    sizes = [point.x for one in series for point in one.points]
+    return Drawing(
+        "Size of the structure",
+        chart(f"Size against robustness: {setting.name}",
+              axis_around("foreground of the sample (voxels)", sizes, logarithmic=True),
+              percent_axis("Dice of a sample under attack (%)"), series),
+        f"A dot is a sample under {key[0]} at {setting.norm_name} {level}. Where dots fall to the left, small "
+        f"structures are the fragile ones.",
+    )  # fmt: skip
+
+
+def _margins(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
+    series = []
+    for run in setting.runs:
+        curves = run.summary["margins_by_epoch"]
+        if not {"margin_10", "margin_50", "margin_90"} <= curves.keys():
+            continue
+        together = zip(curves["margin_50"], curves["margin_10"], curves["margin_90"], strict=False)
+        points = [Point(epoch, *values, title=f"{values[0]:.2f}") for epoch, values in enumerate(together)]
+        series.append(Series(f"{run.title}: median", colours[run.title], points))
+    points = [point for one in series for point in one.points]
+    if len(points) < 2:
+        return None
+    return Drawing(
+        "Margins in training",
+        chart(f"Margins by epoch: {setting.name}",
+              axis_around("epoch", [point.x for point in points]),
+              axis_around("margin of a sample", [point.high for point in points]), series),
+        "How far training samples were perturbed, by epoch: median and the middle 80 %. Curves that still rise say "
+        "that the training had not settled.",
+    )  # fmt: skip
+
+
+def _point(setting: Setting, run: Results, x: float, key: Key) -> Point:
+    interval = setting.interval(run, key)
+    text = f"{100 * interval.value:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f}), {key[0]}"
+    return Point(x, 100 * interval.value, 100 * interval.low, 100 * interval.high, text)

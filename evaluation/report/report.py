@@ -1,0 +1,156 @@
+"""Put a report together: the page, and its tables as CSV, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from nnunet_ima import __version__
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.report import sentences
+from nnunet_ima.evaluation.report.drawings import drawings_of
+from nnunet_ima.evaluation.report.figures import Setting, colours_of, settings_of
+from nnunet_ima.evaluation.report.pictures import both_sides, perturbation
+from nnunet_ima.evaluation.report.tables import (
+    Table,
+    as_csv,
+    as_latex,
+    as_markdown,
+    case_table,
+    class_table,
+    difference_table,
+    further_table,
+    published_table,
+    robustness_table,
+)
+from nnunet_ima.evaluation.results import Results, read_results
+from nnunet_ima.files import write_text
+
+WORST_SHOWN = 2
+
+
+def write_report(folders: Sequence[Path], output: Path, names: Sequence[str] | None = None, note: str = "") -> Path:
+    """Write report.html and, beside it, tables.csv, tables.md and tables.tex.
+
+    Args:
+        folders: of finished evaluations, of one or several models, norms and protocols.
+        output: a folder; it is made.
+        names: one for each folder, for people; the same name for runs of the same model. By default the trainers'.
+        note: what the reader ought to know about the models, shown on top.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: a folder holds no finished evaluation, or the names do not fit.
+    """
+    if names is not None and len(names) != len(folders):
+        raise UserError(f"There are {len(folders)} runs but {len(names)} names; give one name for each run.")
+    runs = _read(folders, names)
+    settings = settings_of(runs)
+    for setting in settings:
+        _refuse_twice(setting)
+    tables = [table for setting in settings for table in _tables(setting)]
+    page = _page(runs, settings, note)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "tables.csv", "\n".join(f"{table.title}\n{as_csv(table)}" for table in tables))
+    write_text(output / "tables.md", "\n".join(as_markdown(table) for table in tables))
+    write_text(output / "tables.tex", "\n".join(f"% {table.title}\n{as_latex(table)}" for table in tables))
+    write_text(output / "report.html", page)
+    return output / "report.html"
+
+
+def _read(folders: Sequence[Path], names: Sequence[str] | None) -> list[Results]:
+    runs = [read_results(folder, None if names is None else names[i]) for i, folder in enumerate(folders)]
+    if names is not None:
+        return runs
+    # As short as tells the models apart.
+    short = {run.title: run.summary["model"]["trainer"].removeprefix("nnUNetTrainer") or "stock" for run in runs}
+    models = {(run.title, run.summary["model"]["sha256"]) for run in runs}
+    if len({short[title] for title, _ in models}) < len(models):
+        short = {}
+    return [Results(run.folder, short.get(run.title, run.title), run.summary, run.samples, run.cases) for run in runs]
+
+
+def _refuse_twice(setting: Setting) -> None:
+    titles = [run.title for run in setting.runs]
+    twice = sorted({title for title in titles if titles.count(title) > 1})
+    if twice:
+        raise UserError(
+            f"Two runs of {setting.name} are both called {twice[0]}; give the same run once, or tell them apart with "
+            f"--names."
+        )
+
+
+def _tables(setting: Setting) -> list[Table]:
+    made = [
+        robustness_table(setting),
+        difference_table(setting),
+        published_table(setting),
+        class_table(setting),
+        further_table(setting),
+        case_table(setting),
+    ]
+    return [table for table in made if table is not None]
+
+
+def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> str:
+    environment = Environment(
+        loader=PackageLoader("nnunet_ima.evaluation.report", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    colours = colours_of(runs)
+    sections = [
+        {
+            "name": setting.name,
+            "setting": setting,
+            "headline": sentences.headline(setting),
+            "price": sentences.price(setting),
+            "models": [
+                {"title": run.title, "colour": colours[run.title], "sentence": sentences.about(setting, run)}
+                for run in setting.runs
+            ],
+            "drawings": drawings_of(setting, colours),
+            "tables": _tables(setting),
+            "worst": _worst(setting),
+        }
+        for setting in settings
+    ]
+    return environment.get_template("page.html").render(
+        sections=sections,
+        warnings=list(dict.fromkeys(text for run in runs for text in sentences.warnings(run))),
+        checks=[{"title": run.title, "name": setting.norm_name + ", " + setting.protocol, "items": run.summary["trust"]}
+                for setting in settings for run in setting.runs],
+        details=[{"title": run.title, "name": setting.name, "command": run.summary["command"],
+                  "text": json.dumps(_settings(run.summary), indent=2)}
+                 for setting in settings for run in setting.runs],
+        threshold=100 * float(runs[0].summary["criterion"]["dice_threshold"]),
+        note=note,
+        version=__version__,
+    )  # fmt: skip
+
+
+def _settings(summary: dict[str, Any]) -> dict[str, Any]:
+    names = ("model", "protocol", "criterion", "classes", "seed", "max_samples", "device", "versions")
+    return {name: summary[name] for name in names}
+
+
+def _worst(setting: Setting) -> list[dict[str, Any]]:
+    level = setting.telling_level
+    if level is None:
+        return []
+    key = setting.key(level)
+    found = []
+    for run in setting.runs:
+        for example in run.examples(key)[:WORST_SHOWN]:
+            before, after = both_sides(example)
+            found.append({
+                "model": run.title, "title": example.title, "condition": f"{key[0]} at {setting.norm_name} {level}",
+                "before": before, "after": after, "added": perturbation(example),
+                "dice_before": 100 * example.dice_before, "dice_after": 100 * example.dice_after,
+            })  # fmt: skip
+    return found

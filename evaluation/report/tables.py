@@ -1,0 +1,252 @@
+"""Tables of a report, for the page and as CSV, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+
+from nnunet_ima.evaluation.metrics import nan_mean
+from nnunet_ima.evaluation.report.figures import Setting, tvdi
+from nnunet_ima.evaluation.report.published import published_for
+from nnunet_ima.evaluation.results import UNTOUCHED
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "→": r"$\to$", "ε": r"$\varepsilon$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a table: text, the number to sort by, whether it is the best of its column, and more about it."""
+
+    text: str
+    number: float = float("nan")
+    best: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a head; the first ``names`` columns are text."""
+
+    title: str
+    head: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+    names: int = 1
+
+
+def robustness_table(setting: Setting) -> Table:
+    """Table 3's layout: a row for each attack and model, clean and all levels, and their mean; the best in bold."""
+    head = ["model", "attack", "clean", *(f"{setting.norm_name} {text}" for text, _ in setting.levels), "Avg"]
+    rows: list[list[Cell]] = []
+    for attack in setting.attacks:
+        columns = []
+        keys = [UNTOUCHED, *((attack, text) for text, _ in setting.levels)]
+        for key in keys:
+            intervals = [setting.interval(run, key) for run in setting.runs]
+            columns.append(_marked([_dice(one.value, one.low, one.high) for one in intervals]))
+        columns.append(_marked([_dice(setting.mean_over_levels(run, attack)) for run in setting.runs]))
+        for run, *cells in zip(setting.runs, *columns, strict=True):
+            rows.append([Cell(run.title), Cell(attack), *cells])
+    note = (
+        "TVDI in %, with 95 % intervals (bootstrap over cases; they say what other patients would change, not what "
+        "another training would). Avg is the mean of clean and all levels, as in Table 3 of the paper. Bold: the best "
+        "model of a column, for each attack."
+    )
+    return Table(f"TVDI under each attack: {setting.name}", head, rows, note, names=2)
+
+
+def difference_table(setting: Setting) -> Table | None:
+    """Each model against the first one given, case by case."""
+    if len(setting.runs) < 2 or not setting.comparable:
+        return None
+    first = setting.runs[0]
+    keys = [UNTOUCHED, *(setting.key(text) for text, _ in setting.levels)]
+    rows = []
+    for run in setting.runs[1:]:
+        for key in keys:
+            found = setting.difference(run, first, key)
+            assert found is not None
+            low, high = 100 * found.interval.low, 100 * found.interval.high
+            shown = f"{low:+.1f} to {high:+.1f}" if found.interval.known else "too few cases"
+            where = "clean" if key == UNTOUCHED else f"{key[0]}, {setting.norm_name} {key[1]}"
+            p = "–" if found.p != found.p else ("< 0.001" if found.p < 0.001 else f"{found.p:.3f}")
+            rows.append([
+                Cell(run.title), Cell(where), Cell(f"{100 * found.interval.value:+.1f}", found.interval.value),
+                Cell(shown, low), Cell(p, found.p),
+            ])  # fmt: skip
+    note = (
+        f"TVDI in points minus that of {first.title}, on the same samples: 95 % interval by paired bootstrap over "
+        f"cases, p by a permutation test that swaps the two models' results of a case. Not corrected for the number "
+        f"of comparisons."
+    )
+    title = f"Against {first.title}: {setting.name}"
+    return Table(title, ["model", "condition", "difference", "95 % interval", "p"], rows, note, names=2)
+
+
+def further_table(setting: Setting) -> Table:
+    """All other figures."""
+    head = ["model", "attack", "level", "TVDI", "ADI", "correct", "case Dice", "HD95 (mm)", "surface Dice", "passes"]
+    rows = []
+    for run in setting.runs:
+        for figures in (run.summary["clean"], *run.attacked):
+            passes = figures.get("forward_passes_per_sample")
+            backward = figures.get("backward_passes_per_sample")
+            shares = [figures[name] for name in ("tvdi", "adi", "robust_share", "case_dice")]
+            spent = None if passes is None else float(passes) + float(backward)
+            rows.append([
+                Cell(run.title), Cell(figures.get("attack", "none (clean)")), Cell(figures.get("level", "0")),
+                *(_dice(_number(share)) for share in shares), _plain(figures["hd95"], ".1f"),
+                _dice(_number(figures["surface_dice"])), _plain(spent, ".0f"),
+            ])  # fmt: skip
+    note = (
+        "Dice and shares in %. Correct: samples with a Dice above the threshold. Case Dice is nnU-Net's own, of whole "
+        "cases through its sliding window; HD95 and surface Dice (1 mm) are means over cases. Passes: forward and "
+        "backward passes of a sample that the attack spent."
+    )
+    return Table(f"All figures: {setting.name}", head, rows, note, names=3)
+
+
+def case_table(setting: Setting) -> Table | None:
+    """Every case: Dice clean and at the telling level, for each model; with distances where there is a case level."""
+    level = setting.telling_level
+    if level is None:
+        return None
+    key = setting.key(level)
+    at = f"{setting.norm_name} {level}"
+    head, columns = ["case"], []
+    for run in setting.runs:
+        head += [f"{run.title}: Dice clean", f"{run.title}: Dice at {at}"]
+        columns += [run.case_dice(UNTOUCHED), run.case_dice(key)]
+    names = sorted({name for column in columns for name in column})
+    rows = [[Cell(name), *(_dice(column.get(name, float("nan"))) for column in columns)] for name in names]
+    if all(run.cases.get(key) for run in setting.runs):
+        for kind, title in (("hd95_mm", "HD95 (mm)"), ("surface_dice_1mm", "surface Dice")):
+            for run in setting.runs:
+                head.append(f"{run.title}: {title} at {at}")
+                for row in rows:
+                    value = nan_mean(run.cases[key].get(row[0].text, {}).get(kind, []))
+                    row.append(_plain(value, ".1f") if kind == "hd95_mm" else _dice(value))
+    whole = all(run.cases.get(UNTOUCHED) for run in setting.runs)
+    origin = "nnU-Net's, of the whole case" if whole else "of the case's attacked samples together"
+    note = f"Dice in %, mean of the classes, {origin}; under {key[0]}."
+    return Table(f"Case by case: {setting.name}", head, rows, note)
+
+
+def published_table(setting: Setting) -> Table | None:
+    """The paper's figures for this data set, norm and protocol beside ours."""
+    published = published_for(setting.runs[0].summary)
+    if not published:
+        return None
+    levels = sorted({*dict(setting.levels), *(text for row in published for text in row.levels)}, key=Fraction)
+    head = ["model", "source", "clean", *(f"{setting.norm_name} {text}" for text in levels)]
+    rows = [
+        [Cell(run.title), Cell("here, strongest attack"), _dice(tvdi(run, UNTOUCHED)),
+         *(_dice(tvdi(run, setting.key(text))) if text in dict(setting.levels) else Cell("–") for text in levels)]
+        for run in setting.runs
+    ]  # fmt: skip
+    rows += [
+        [Cell(row.method), Cell(row.source), _plain(row.clean, ".1f"),
+         *(_plain(row.levels.get(text), ".1f") for text in levels)]
+        for row in published
+    ]  # fmt: skip
+    note = (
+        "Dice in %. The paper's figures are of other networks, trainings and cases; they belong to the protocol "
+        f"{setting.protocol} and say where one would expect to be, no more."
+    )
+    return Table(f"Beside the published figures: {setting.name}", head, rows, note, names=2)
+
+
+def class_table(setting: Setting) -> Table | None:
+    """Dice of each class, pooled over samples, clean and at the telling level."""
+    level = setting.telling_level
+    classes = [str(name) for name in setting.runs[0].summary["classes"]]
+    if level is None or len(classes) < 2:
+        return None
+    key = setting.key(level)
+    rows = []
+    for run in setting.runs:
+        for where, name in ((UNTOUCHED, "clean"), (key, f"{key[0]}, {setting.norm_name} {level}")):
+            counts = run.samples[where].counts.sum(0)
+            whole = 2 * counts[:, 0] + counts[:, 1] + counts[:, 2]
+            dice = np.divide(2 * counts[:, 0], whole, out=np.full(len(whole), np.nan), where=whole > 0)
+            rows.append([Cell(run.title), Cell(name), *(_dice(float(value)) for value in dice)])
+    head = ["model", "condition", *classes]
+    return Table(f"By class: {setting.name}", head, rows, "Dice in %, voxels of all samples pooled.", names=2)
+
+
+def as_csv(table: Table) -> str:
+    """With the numbers' text as it is shown."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(table.head)
+    writer.writerows([cell.text + (f" ({cell.note})" if cell.note else "") for cell in row] for row in table.rows)
+    return stream.getvalue()
+
+
+def as_markdown(table: Table) -> str:
+    """A pipe table."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    lines = [f"### {table.title}", "", line(table.head), line(["---"] * len(table.head))]
+    for row in table.rows:
+        lines.append(line([f"**{_full(cell)}**" if cell.best else _full(cell) for cell in row]))
+    return "\n".join([*lines, "", table.note, ""])
+
+
+def as_latex(table: Table) -> str:
+    """A table with booktabs' rules."""
+    columns = "l" * table.names + "r" * (len(table.head) - table.names)
+    lines = [r"\begin{tabular}{" + columns + "}", r"\toprule", _latex_row([escape_latex(t) for t in table.head])]
+    lines.append(r"\midrule")
+    for row in table.rows:
+        cells = [rf"\textbf{{{escape_latex(c.text)}}}" if c.best else escape_latex(c.text) for c in row]
+        lines.append(_latex_row(cells))
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {' '.join(table.note.split())}", ""])
+
+
+def escape_latex(text: str) -> str:
+    """So that names stand as they are."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _full(cell: Cell) -> str:
+    return f"{cell.text} ({cell.note})" if cell.note else cell.text
+
+
+def _dice(value: float, low: float = float("nan"), high: float = float("nan")) -> Cell:
+    """A share as percent, with its interval as a note."""
+    if value != value:
+        return Cell("–")
+    note = f"{100 * low:.1f}–{100 * high:.1f}" if low == low else ""
+    return Cell(f"{100 * value:.1f}", value, note=note)
+
+
+def _plain(value: float | None, form: str) -> Cell:
+    return Cell("–") if value is None or value != value else Cell(format(value, form), float(value))
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _marked(cells: Sequence[Cell]) -> list[Cell]:
+    """The highest ones marked as the best, if there is anything to compare."""
+    shown = [float(cell.text) for cell in cells if cell.number == cell.number]
+    if len(cells) < 2 or not shown:
+        return list(cells)
+    # What looks the same is the same.
+    return [replace(cell, best=cell.number == cell.number and float(cell.text) == max(shown)) for cell in cells]

@@ -1,0 +1,208 @@
+"""Read the results of an evaluation back, for reports and gates."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.examples import Example
+from nnunet_ima.evaluation.identity import read_run
+from nnunet_ima.evaluation.merge import conditions_of
+from nnunet_ima.evaluation.metrics import Array, class_scores
+from nnunet_ima.evaluation.outcomes import CLEAN, SampleKey
+from nnunet_ima.evaluation.records import Records, part_folders
+from nnunet_ima.evaluation.summary import SCHEMA, SEAL, seal_of
+
+Key = tuple[str, str]
+"""Attack and level as they were written; ``("clean", "0")`` for none."""
+UNTOUCHED: Key = (CLEAN, "0")
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """The samples of one condition, in the order of cases and tiles.
+
+    Attributes:
+        cases: (n,) of names.
+        tiles: (n,) of numbers.
+        dice: (n,), in [0, 1].
+        counts: (n, F, 3) of tp, fp, fn.
+    """
+
+    cases: np.ndarray[Any, Any]
+    tiles: np.ndarray[Any, Any]
+    dice: Array
+    counts: Array
+
+    @property
+    def sizes(self) -> Array:
+        """(n,) voxels of foreground in the reference, classes or regions added up."""
+        sizes: Array = self.counts[:, :, [0, 2]].sum((1, 2))
+        return sizes
+
+    def by_case(self) -> tuple[list[str], Array]:
+        """Names of the cases, and their samples' counts added up, (cases, F, 3)."""
+        names = list(dict.fromkeys(self.cases.tolist()))
+        return names, np.stack([self.counts[self.cases == name].sum(0) for name in names])
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished evaluation.
+
+    Attributes:
+        folder: where it is.
+        title: for people.
+        summary: of summary.json.
+        samples: of samples.csv, by condition.
+        cases: of cases.csv, by condition and then case: ``dice``, ``hd95_mm``, ``surface_dice_1mm`` for each class.
+    """
+
+    folder: Path
+    title: str
+    summary: dict[str, Any]
+    samples: dict[Key, SampleTable]
+    cases: dict[Key, dict[str, dict[str, list[float]]]]
+
+    @property
+    def attacked(self) -> list[dict[str, Any]]:
+        """The summary's results."""
+        found: list[dict[str, Any]] = self.summary["results"]
+        return found
+
+    def figures(self, key: Key) -> Mapping[str, Any] | None:
+        """The summary's figures of a condition, None if it was not run."""
+        if key == UNTOUCHED:
+            clean: dict[str, Any] = self.summary["clean"]
+            return clean
+        return next((item for item in self.attacked if (item["attack"], item["level"]) == key), None)
+
+    def case_dice(self, key: Key) -> dict[str, float]:
+        """Dice of each case by its name, classes averaged: nnU-Net's, or without a case level that of its samples."""
+        if self.cases.get(key):
+            return {name: _mean(scores["dice"]) for name, scores in self.cases[key].items()}
+        names, counts = self.samples[key].by_case()
+        dice = class_scores(counts[..., 0], counts[..., 1], counts[..., 2])
+        return {name: _mean(row.tolist()) for name, row in zip(names, dice, strict=True)}
+
+    def examples(self, key: Key) -> list[Example]:
+        """The samples that lost most Dice under a condition."""
+        conditions = conditions_of(read_run(self.folder)["identity"])
+        wanted = next(c for c in conditions if (c.attack, c.level.text if c.level else "0") == key)
+        table, clean = self.samples[key], self.samples[UNTOUCHED]
+        order = sorted(range(len(table.dice)), key=lambda i: (table.dice[i] - clean.dice[i], table.cases[i]))
+        parts = [Records(folder, conditions) for folder in part_folders(self.folder)]
+        found = []
+        for i in order:
+            sample = SampleKey(str(table.cases[i]), int(table.tiles[i]))
+            examples = (part.load_example(wanted, sample) for part in parts)
+            example = next((one for one in examples if one is not None), None)
+            if example is None:
+                break
+            found.append(example)
+        return found
+
+
+def read_results(folder: Path, title: str | None = None) -> Results:
+    """Read the folder of an evaluation.
+
+    Raises:
+        UserError: a file is missing, damaged, of another version, or was changed after it was written.
+    """
+    summary = read_summary(folder)
+    regions = [str(region) for region in summary["labels"]]
+    try:
+        samples = dict(_sample_tables(folder / "samples.csv", regions))
+        cases = _case_tables(folder / "cases.csv", regions)
+    except (KeyError, ValueError, IndexError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"A table in {folder} is damaged; write it again with nnunet_ima evaluate --merge.") from error
+    results = Results(folder, title or _title(summary), summary, samples, cases)
+    for key, table in samples.items():
+        figures = results.figures(key)
+        if key[0] != "clamp-only" and (figures is None or figures["n_samples"] != len(table.dice)):
+            raise UserError(
+                f"{folder / 'samples.csv'} does not fit to summary.json; write both again with nnunet_ima evaluate "
+                f"--merge."
+            )
+    return results
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What summary.json says.
+
+    Raises:
+        UserError: it is missing, damaged, of another version, or was changed after it was written.
+    """
+    file = folder / "summary.json"
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{file} is missing; give the folder of a finished nnunet_ima evaluate, or finish it with --merge."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is damaged ({error}); write it again with nnunet_ima evaluate --merge.") from error
+    if not isinstance(summary, dict) or summary.get("schema") != SCHEMA:
+        found = summary.get("schema") if isinstance(summary, dict) else None
+        raise UserError(f"{file} is of another version ({found!r}, here {SCHEMA!r}); evaluate the model again.")
+    if summary.get(SEAL) != seal_of(summary):
+        raise UserError(
+            f"{file} was changed after it was written, so its figures are not those that were measured; write it again "
+            f"with nnunet_ima evaluate --merge -o {folder}."
+        )
+    return summary
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    model = summary["model"]
+    return f"{model['trainer']} {model['dataset']} {model['configuration']} fold {model['fold']}"
+
+
+def _sample_tables(file: Path, regions: list[str]) -> Iterator[tuple[Key, SampleTable]]:
+    for key, rows in _rows(file).items():
+        counts = [
+            [[float(row[f"{kind}_{region}"]) for kind in ("tp", "fp", "fn")] for region in regions] for row in rows
+        ]
+        yield (
+            key,
+            SampleTable(
+                np.array([row["case"] for row in rows]),
+                np.array([int(row["tile"]) for row in rows]),
+                np.array([float(row["dice"]) for row in rows]),
+                np.array(counts, float),
+            ),
+        )
+
+
+def _case_tables(file: Path, regions: list[str]) -> dict[Key, dict[str, dict[str, list[float]]]]:
+    kinds = ("dice", "hd95_mm", "surface_dice_1mm")
+    return {
+        key: {
+            row["case"]: {kind: [float(row[f"{kind}_{region}"] or "nan") for region in regions] for kind in kinds}
+            for row in rows
+        }
+        for key, rows in _rows(file).items()
+    }
+
+
+def _rows(file: Path) -> dict[Key, list[dict[str, str]]]:
+    found: dict[Key, list[dict[str, str]]] = {}
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                found.setdefault((row["attack"], row["level"]), []).append(row)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; write it again with nnunet_ima evaluate --merge.") from None
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    kept = [value for value in values if value == value]
+    return sum(kept) / len(kept) if kept else float("nan")

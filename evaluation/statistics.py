@@ -1,0 +1,96 @@
+"""How sure a figure is: intervals by resampling cases, and a paired test between two models.
+
+Slices of one case resemble each other, so cases are resampled, not samples. Only what the choice of the cases does to a
+figure is in the interval, not what another training run would.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import bootstrap, permutation_test
+
+from nnunet_ima.evaluation.metrics import Array, class_scores
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+# With fewer, no paired permutation test can reach 5 %, and resampling says next to nothing.
+FEWEST_CASES = 6
+
+
+class Interval(NamedTuple):
+    """A figure with its 95 % interval; NaN where too few cases are there to tell."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def known(self) -> bool:
+        """Whether there were enough cases."""
+        return bool(self.low == self.low)
+
+
+def tvdi_interval(counts: Array, seed: int = 0) -> Interval:
+    """Of the TVDI, from the counts (cases, F, 3) of tp, fp, fn of each case; percentile bootstrap over cases."""
+    value = float(_tvdi(counts, np.arange(len(counts))))
+    if len(counts) < FEWEST_CASES:
+        return Interval(value, np.nan, np.nan)
+    found = bootstrap(
+        (np.arange(len(counts)),),
+        lambda index, axis: _tvdi(counts, np.moveaxis(index, axis, -1)),
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(value, float(found.low), float(found.high))
+
+
+class Difference(NamedTuple):
+    """One model's TVDI minus another's on the same cases, its interval, and the p-value of a permutation test."""
+
+    interval: Interval
+    p: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is hardly chance: the interval is on one side of 0, and p below 5 %."""
+        return bool((self.interval.low > 0 or self.interval.high < 0) and self.p < 1 - CONFIDENCE)
+
+
+def tvdi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
+    """Of two models on the same cases, (cases, F, 3) each: paired bootstrap, and permutation test that swaps cases."""
+    if one.shape != other.shape:
+        raise ValueError(f"counts of shapes {one.shape} and {other.shape} cannot be paired")
+    cases = len(one)
+    value = float(_tvdi(one, np.arange(cases)) - _tvdi(other, np.arange(cases)))
+    if cases < FEWEST_CASES:
+        return Difference(Interval(value, np.nan, np.nan), np.nan)
+    both = np.concatenate([one, other])
+
+    def difference(index: np.ndarray, opposite: np.ndarray, axis: int) -> Array:
+        ours, theirs = (np.moveaxis(part, axis, -1) for part in (index, opposite))
+        return np.asarray(_tvdi(both, ours) - _tvdi(both, theirs))
+
+    pairs = (np.arange(cases), np.arange(cases) + cases)
+    interval = bootstrap(
+        pairs, difference, n_resamples=RESAMPLES, vectorized=True, paired=True, confidence_level=CONFIDENCE,
+        method="percentile", random_state=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    p = permutation_test(
+        pairs, difference, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES,
+        random_state=np.random.default_rng(seed),
+    ).pvalue  # fmt: skip
+    return Difference(Interval(value, float(interval.low), float(interval.high)), float(p))
+
+
+def _tvdi(counts: Array, index: np.ndarray) -> Array:
+    """TVDI (...,) of the cases that ``index`` (..., n) names."""
+    pooled = counts[index].sum(-3)
+    dice = class_scores(pooled[..., 0], pooled[..., 1], pooled[..., 2])
+    there = ~np.isnan(dice)
+    mean = np.where(there, dice, 0).sum(-1) / np.maximum(there.sum(-1), 1)
+    return np.asarray(np.where(there.any(-1), mean, np.nan))

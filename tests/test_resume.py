@@ -1,0 +1,391 @@
+"""Evaluations that are killed, split over machines, or short of memory give the numbers of one that ran in peace."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nnunet_project import quiet, read, write
+
+from nnunet_ima.evaluation import models
+from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.identity import differences
+from nnunet_ima.evaluation.journal import Journal
+from nnunet_ima.evaluation.records import Records, part_folders
+
+WAY = (
+    "--levels", "2", "8", "--attacks", "white-noise:draws=2", "apgd:steps=3", "--max-samples", "24",
+    "--batch-size", "4", "-device", "cpu",
+)  # fmt: skip
+TABLES = ("samples.csv", "cases.csv")
+KILLS = 30
+
+
+@pytest.fixture(autouse=True)
+def _one_core(monkeypatch):
+    monkeypatch.setattr("nnunet_ima.evaluation.evaluate._use_all_cores", lambda _: None)
+
+
+def evaluate(model: Path, output: Path, *more: str, status: int = 0) -> None:
+    with quiet():
+        assert main(["evaluate", "-m", str(model), "-o", str(output), *WAY, *more]) == status
+
+
+def tables(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in TABLES]
+
+
+def sentence(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Of a command that is refused."""
+    capsys.readouterr()
+    assert main(["evaluate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def in_peace(project, std_2d, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("in_peace") / "run"
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr("nnunet_ima.evaluation.evaluate._use_all_cores", lambda _: None)
+        evaluate(std_2d, folder)
+    return folder
+
+
+# ---- the journal
+
+
+@given(st.lists(st.dictionaries(st.text(), st.floats(allow_nan=False) | st.text() | st.none())), st.data())
+def test_of_a_journal_that_was_cut_anywhere_all_whole_records_remain(tmp_path_factory, records, data):
+    file = tmp_path_factory.mktemp("journal") / "journal.jsonl"
+    journal = Journal(file)
+    ends = []
+    for record in records:
+        journal.append([record])
+        ends.append(file.stat().st_size)
+    assert list(journal.read()) == records
+    content = file.read_bytes() if records else b""
+    cut = data.draw(st.integers(0, len(content)))
+    file.write_bytes(content[:cut])
+    whole = [record for record, end in zip(records, ends, strict=True) if end - 1 <= cut]
+    assert list(journal.read()) == whole
+    journal.append([{"after": 1}, {"and": 2}])
+    assert list(journal.read()) == [*whole, {"after": 1}, {"and": 2}]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_a_byte_that_was_changed_costs_no_more_than_two_records(tmp_path_factory, where, change):
+    """Two, if it was the line break between them."""
+    file = tmp_path_factory.mktemp("journal") / "journal.jsonl"
+    records = [{"number": number, "name": "x" * number} for number in range(12)]
+    Journal(file).append(records)
+    content = bytearray(file.read_bytes())
+    content[where % len(content)] ^= change
+    file.write_bytes(bytes(content))
+    left = list(Journal(file).read())
+    assert all(record in records for record in left)
+    assert len(left) >= len(records) - 2
+
+
+# ---- killed
+
+
+def run_in_a_copy(model: Path, output: Path, *more: str) -> Any:
+    """In a copy of this process, which has nnU-Net in memory already."""
+    child = multiprocessing.get_context("fork").Process(target=evaluate, args=(model, output, *more))
+    child.start()
+    return child
+
+
+def killed_again_and_again(model: Path, output: Path, kills: int, longest: float) -> int:
+    moments, alive = random.Random(0), 0
+    for _ in range(kills):
+        child = run_in_a_copy(model, output)
+        time.sleep(moments.uniform(0.02, longest))
+        alive += child.is_alive()
+        os.kill(child.pid or 0, signal.SIGKILL)
+        child.join()
+    return alive
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(KILLS, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_tables(std_2d, in_peace, tmp_path, kills):
+    started = time.monotonic()
+    run_in_a_copy(std_2d, tmp_path / "timed").join()
+    took = time.monotonic() - started
+    output = tmp_path / "run"
+    # Each time it gets a little further; most kills shall hit it at work.
+    alive = killed_again_and_again(std_2d, output, kills, took / 3)
+    assert alive >= kills // 2
+    evaluate(std_2d, output)
+    assert tables(output) == tables(in_peace)
+    assert (output / "table.md").read_text() == (in_peace / "table.md").read_text()
+    assert not list(output.rglob("*.tmp"))
+    assert not list(output.rglob("tiles"))
+
+
+def test_what_is_done_is_not_attacked_again(std_2d, in_peace, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    shutil.copytree(in_peace, output)
+    for name in (*TABLES, "summary.json", "table.md", "worst_samples.png"):
+        (output / name).unlink()
+    monkeypatch.setattr("nnunet_ima.attacks.attack.Attack.__call__", None)
+    evaluate(std_2d, output)
+    assert tables(output) == tables(in_peace)
+    assert (output / "worst_samples.png").read_bytes() == (in_peace / "worst_samples.png").read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["last bytes", "a tile", "middle"])
+def test_a_damaged_file_costs_what_stood_in_it_and_no_more(std_2d, in_peace, tmp_path, monkeypatch, lost):
+    """Stop it on the way, spoil what it left, and count what is attacked again."""
+    output = tmp_path / "run"
+    stop_after = {"samples": 30}
+    add = Records.add_samples
+
+    def stopping(self: Records, condition: Any, scores: Sequence[Any]) -> None:
+        add(self, condition, scores)
+        stop_after["samples"] -= len(scores)
+        if stop_after["samples"] <= 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "add_samples", stopping)
+        evaluate(std_2d, output, status=130)
+    (part,) = part_folders(output)
+    before = list(Journal(part / "journal.jsonl").read())
+    noted = sum(record["kind"] == "sample" for record in before)
+    assert noted >= 30
+    if lost == "a tile":
+        tiles = sorted(part.glob("tiles/*/*/*.npy"))
+        tiles[0].write_bytes(tiles[0].read_bytes()[:-5])
+    else:
+        content = (part / "journal.jsonl").read_bytes()
+        content = content[:-5] if lost == "last bytes" else content[:3000] + b"?" + content[3001:]
+        (part / "journal.jsonl").write_bytes(content)
+    evaluate(std_2d, output)
+    assert tables(output) == tables(in_peace)
+    after = [record for record in Journal(part / "journal.jsonl").read() if record["kind"] == "sample"]
+    everything = len((in_peace / "samples.csv").read_text().splitlines()) - 1
+    assert len(after) <= everything + (lost == "a tile")
+
+
+def test_a_full_disk_costs_no_more_than_what_was_in_flight(std_2d, in_peace, tmp_path, monkeypatch, capsys):
+    output, write_to, left = tmp_path / "run", os.write, {"bytes": 9000}
+
+    def full(stream: int, content: bytes) -> int:
+        allowed = content[: left["bytes"]]
+        left["bytes"] -= len(allowed)
+        if not allowed:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_to(stream, allowed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_ima.evaluation.journal.os.write", full)
+        assert "disk is full" in sentence(capsys, "-m", str(std_2d), "-o", str(output), *WAY)
+    (part,) = part_folders(output)
+    assert len(list(Journal(part / "journal.jsonl").read())) > 10
+    evaluate(std_2d, output)
+    assert tables(output) == tables(in_peace)
+
+
+def test_two_processes_on_one_part_are_one_too_many(std_2d, in_peace, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(in_peace, output)
+    (part,) = part_folders(output)
+    with Records(part, []).writing():
+        assert "Another process is at work" in sentence(capsys, "-m", str(std_2d), "-o", str(output), *WAY)
+
+
+# ---- parts
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 7])
+def test_any_number_of_parts_gives_the_same_tables(std_2d, in_peace, tmp_path, num_parts):
+    output = tmp_path / "run"
+    for part in reversed(range(num_parts)):
+        evaluate(std_2d, output, "-num_parts", str(num_parts), "-part_id", str(part))
+    with quiet():
+        assert main(["evaluate", "--merge", "-o", str(output)]) == 0
+    assert tables(output) == tables(in_peace)
+
+
+def test_parts_run_in_folders_of_their_own_are_joined(std_2d, in_peace, tmp_path):
+    folders = [tmp_path / f"machine_{part}" for part in range(2)]
+    for part, folder in enumerate(folders):
+        evaluate(std_2d, folder, "-num_parts", "2", "-part_id", str(part))
+    for _ in range(2):  # again: nothing is there twice
+        with quiet():
+            assert main(["evaluate", "--merge", *map(str, folders), "-o", str(tmp_path / "joined")]) == 0
+    assert tables(tmp_path / "joined") == tables(in_peace)
+    assert (tmp_path / "joined/worst_samples.png").read_bytes() == (in_peace / "worst_samples.png").read_bytes()
+
+
+def test_what_is_missing_is_named(std_2d, tmp_path, capsys):
+    output = tmp_path / "run"
+    evaluate(std_2d, output, "-num_parts", "2", "-part_id", "1")
+    assert "no part that was begun attacks" in sentence(capsys, "--merge", "-o", str(output))
+    (part,) = part_folders(output)
+    content = (part / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert "holds no run" in sentence(capsys, "--merge", "-o", str(tmp_path / "nothing"))
+    evaluate(std_2d, output, "-num_parts", "2", "-part_id", "0")
+    (part / "journal.jsonl").write_bytes(b"".join(content[:20]))
+    assert "start that part again" in sentence(capsys, "--merge", "-o", str(output))
+    assert not (output / "summary.json").exists()
+    for wrong in ("2", "-1"):
+        assert "-part_id" in sentence(
+            capsys, "-m", str(std_2d), "-o", str(output), *WAY, "-num_parts", "2", "-part_id", wrong
+        )
+
+
+# ---- only the same run is continued
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (("--seed", "1"), "seed: 0 there, 1 here"),
+        (("--protocol", "paper"), "protocol: sound there, paper here"),
+        (("--norm", "linf", "--levels", "1/255"), "norm: l2 there, linf here"),
+        (("--levels", "2"), "levels: 2 8 there, 2 here"),
+        (("--attacks", "apgd:steps=4"), "attacks: "),
+        (("--no-cases",), "case level: True there, False here"),
+        (("--max-samples", "3"), "max samples: 24 there, 3 here"),
+    ],
+)
+def test_another_request_is_refused_and_the_difference_named(std_2d, in_peace, tmp_path, capsys, changed, named):
+    output = tmp_path / "run"
+    shutil.copytree(in_peace, output)
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    assert named in sentence(capsys, "-m", str(std_2d), "-o", str(output), *WAY, *changed)
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+def test_another_model_or_changed_plans_or_another_version_are_refused(std_2d, in_peace, tmp_path, capsys, monkeypatch):
+    output, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(in_peace, output)
+    shutil.copytree(std_2d, model)
+    checkpoint = torch.load(model / "fold_0/checkpoint_final.pth", weights_only=False)
+    checkpoint["network_weights"] = {key: value * 1.01 for key, value in checkpoint["network_weights"].items()}
+    torch.save(checkpoint, model / "fold_0/checkpoint_final.pth")
+    assert "model sha256: " in sentence(capsys, "-m", str(model), "-o", str(output), *WAY)
+    shutil.copyfile(std_2d / "fold_0/checkpoint_final.pth", model / "fold_0/checkpoint_final.pth")
+    plans = read(model / "plans.json")
+    plans["configurations"]["2d_tiny"]["spacing"] = [1.5, 1.0]
+    write(model / "plans.json", plans)
+    assert "model plans.json: " in sentence(capsys, "-m", str(model), "-o", str(output), *WAY)
+    monkeypatch.setattr("nnunet_ima.evaluation.description.versions", lambda: {"torch": "0.4"})
+    assert "version of torch: " in sentence(capsys, "-m", str(std_2d), "-o", str(output), *WAY)
+
+
+def test_runs_of_different_models_are_not_merged(std_2d, in_peace, tmp_path, capsys):
+    other = tmp_path / "other"
+    evaluate(std_2d, other, "--seed", "1", "-num_parts", "1")
+    answer = sentence(capsys, "--merge", str(in_peace), str(other), "-o", str(tmp_path / "joined"))
+    assert "seed: 0 there, 1 here" in answer
+    assert not (tmp_path / "joined").exists()
+
+
+def test_results_of_a_version_without_records_are_not_overwritten(std_2d, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert "another version" in sentence(capsys, "-m", str(std_2d), "-o", str(tmp_path / "run"), *WAY)
+    assert (tmp_path / "run" / "summary.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"schema": "nnunet_ima/run/99"}', "{", '{"schema": "nnunet_ima/run/1"}']
+)
+def test_a_damaged_run_file_is_named(std_2d, in_peace, tmp_path, capsys, content):
+    shutil.copytree(in_peace, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(content)
+    assert "run.json" in sentence(capsys, "-m", str(std_2d), "-o", str(tmp_path / "run"), *WAY)
+    assert "run.json" in sentence(capsys, "--merge", "-o", str(tmp_path / "run"))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(json_values, json_values)
+def test_differences_are_found_exactly_where_there_are_some(one, other):
+    assert differences(one, json.loads(json.dumps(one))) == []
+
+    def plain(value: Any) -> Any:  # an entry that is missing counts as None
+        return (
+            {key: plain(v) for key, v in value.items() if plain(v) not in (None, {})}
+            if isinstance(value, dict)
+            else value
+        )
+
+    if plain(one) != plain(other) and not (plain(one) in (None, {}) and plain(other) in (None, {})):
+        assert differences(one, other)
+
+
+# ---- too little memory
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(std_2d, in_peace, tmp_path, monkeypatch, capsys):
+    sizes: list[int] = []
+    build = models._build_network
+
+    def small(*arguments: Any) -> Any:
+        network = build(*arguments)
+
+        def refuse(_: Any, inputs: tuple[torch.Tensor]) -> None:
+            if inputs[0].device.type != "meta":
+                sizes.append(len(inputs[0]))
+                if len(inputs[0]) > 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+
+        network.register_forward_pre_hook(refuse)
+        return network
+
+    monkeypatch.setattr(models, "_build_network", small)
+    output = tmp_path / "run"
+    assert main(["evaluate", "-m", str(std_2d), "-o", str(output), *WAY, "--no-cases"]) == 0
+    written = capsys.readouterr()
+    assert "The memory was not enough" in written.out + written.err
+    assert max(sizes) == 8
+    assert sizes.count(8) == 1  # not tried again
+    summary = read(output / "summary.json")
+    assert summary["samples_in_a_pass_reduced_to"] == 2
+    assert "The memory was not enough; some passes held 2 samples" in (output / "table.md").read_text()
+    there = [float(line.split(",")[4]) for line in (output / "samples.csv").read_text().splitlines()[1:]]
+    wanted = [float(line.split(",")[4]) for line in (in_peace / "samples.csv").read_text().splitlines()[1:]]
+    # Rounding may decide about a voxel here and there.
+    assert np.abs(np.array(there) - wanted).mean() < 0.02
+
+
+def test_a_memory_too_small_for_one_sample_ends_with_a_sentence(std_2d, tmp_path, monkeypatch, capsys):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("nnunet_ima.evaluation.run.load_batch", refuse)
+    assert "memory is not enough" in sentence(capsys, "-m", str(std_2d), "-o", str(tmp_path / "run"), *WAY)
+
+
+def test_other_errors_are_not_taken_for_it(std_2d, tmp_path, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("nnunet_ima.evaluation.run.load_batch", refuse)
+    with pytest.raises(RuntimeError, match="something else"), quiet():
+        main(["evaluate", "-m", str(std_2d), "-o", str(tmp_path / "run"), *WAY])

@@ -1,0 +1,102 @@
+"""Intervals and tests: against the plain definition, and against what must hold for all inputs."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunet_ima.evaluation.metrics import tvdi
+from nnunet_ima.evaluation.statistics import tvdi_difference, tvdi_interval
+
+
+def some_cases(seed: int, cases: int, dice: float, spread: float = 0.1) -> np.ndarray:
+    """Counts of cases whose Dice lie around a value, of two classes."""
+    draws = np.random.default_rng(seed)
+    size = draws.integers(200, 1000, (cases, 2))
+    hits = (size * np.clip(draws.normal(dice, spread, (cases, 2)), 0, 1)).astype(int)
+    return np.stack([hits, size - hits, size - hits], -1).astype(float)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0.05, 0.95))
+def test_the_value_is_the_tvdi_and_lies_in_its_interval(seed, cases, dice):
+    counts = some_cases(seed, cases, dice)
+    interval = tvdi_interval(counts)
+    assert interval.value == pytest.approx(tvdi(counts))
+    assert interval.known == (cases >= 6)
+    if interval.known:
+        by_case = [tvdi(case[None]) for case in counts]
+        assert min(by_case) - 1e-9 <= interval.low <= interval.high <= max(by_case) + 0.05
+        assert interval == tvdi_interval(counts)
+
+
+def test_the_interval_is_that_of_a_slow_bootstrap():
+    counts = some_cases(1, 20, 0.7)
+    draws = np.random.default_rng(3)
+    values = [tvdi(counts[draws.integers(0, 20, 20)]) for _ in range(4000)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    interval = tvdi_interval(counts)
+    assert interval.low == pytest.approx(low, abs=0.004)
+    assert interval.high == pytest.approx(high, abs=0.004)
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    """95 % of 200, give or take what 200 draws scatter; resampling so few cases is known to be a little narrow."""
+    truth = tvdi(some_cases(0, 20_000, 0.7))
+    intervals = [tvdi_interval(some_cases(seed, 30, 0.7)) for seed in range(1, 201)]
+    inside = sum(interval.low <= truth <= interval.high for interval in intervals)
+    assert 178 <= inside <= 199
+
+
+@given(st.integers(0, 10**6), st.integers(6, 12))
+def test_a_model_does_not_differ_from_itself(seed, cases):
+    counts = some_cases(seed, cases, 0.6)
+    found = tvdi_difference(counts, counts)
+    assert tuple(found.interval) == (0, 0, 0)
+    assert found.p == 1
+
+
+@given(st.integers(0, 10**6), st.integers(6, 14), st.floats(0.1, 0.9), st.floats(0.1, 0.9))
+def test_the_other_way_round_is_the_opposite(seed, cases, one, other):
+    first, second = some_cases(seed, cases, one), some_cases(seed + 1, cases, other)
+    there, back = tvdi_difference(first, second), tvdi_difference(second, first)
+    assert there.interval.value == pytest.approx(-back.interval.value)
+    assert there.interval.low == pytest.approx(-back.interval.high, abs=0.02)
+    assert there.p == pytest.approx(back.p, abs=0.05)
+
+
+def test_pairing_finds_what_unpaired_cases_would_hide():
+    """Cases differ much more than models do: one model is always two points better."""
+    hard_and_easy = some_cases(5, 40, 0.6, spread=0.25)
+    better = hard_and_easy.copy()
+    gain = 0.02 * better.sum(-1)
+    better[..., 0] += gain
+    better[..., 1:] = np.maximum(better[..., 1:] - gain[..., None], 0)
+    found = tvdi_difference(better, hard_and_easy)
+    assert found.interval.low > 0
+    assert found.p < 0.01
+    one, other = tvdi_interval(better), tvdi_interval(hard_and_easy)
+    assert one.low < other.high  # apart they overlap
+
+
+def test_without_a_difference_a_small_p_is_rare():
+    p = []
+    for seed in range(100):
+        both = some_cases(seed, 15, 0.7)
+        noise = np.random.default_rng(seed).random(15) < 0.5
+        other = some_cases(seed + 1000, 15, 0.7)
+        p.append(tvdi_difference(np.where(noise[:, None, None], both, other),
+                                 np.where(noise[:, None, None], other, both)).p)  # fmt: skip
+    assert sum(value < 0.05 for value in p) <= 12
+    assert sum(value > 0.5 for value in p) >= 30
+
+
+def test_a_class_that_never_occurs_does_not_count():
+    counts = some_cases(2, 6, 0.8)
+    counts[:, 1] = 0
+    assert tvdi_interval(counts).value == pytest.approx(tvdi(counts[:, :1]))
+    assert tvdi_interval(counts).known
+
+
+def test_other_cases_cannot_be_paired():
+    with pytest.raises(ValueError, match="cannot be paired"):
+        tvdi_difference(some_cases(0, 4, 0.5), some_cases(0, 5, 0.5))
