@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands.add_parser("evaluate", help="attack a trained model on its validation cases"))
 
     _add_report(commands.add_parser("report", help="compare evaluated models on one page, and in tables"))
+    _add_gate(commands.add_parser("gate", help="does a model still hold? exit 0 if so, 1 if not, 2 if nobody can tell"))
     _add_select(commands.add_parser("select", help="choose the most robust snapshot that keeps clean Dice"))
     _add_grid(commands.add_parser("grid", help="search over epsilon and delta_epsilon"))
     _add_configure(commands.add_parser("configure", help="show a training's settings, or write a new configuration"))
@@ -159,6 +160,45 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the models, one for each run")
     parser.add_argument("-o", "--output", type=Path, default=Path("report"), help="default: ./report")
     parser.set_defaults(run=_report)
+
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of nnunet_ima evaluate")
+    parser.add_argument("--baseline", type=Path, help="a file of --write-baseline, or the folder of an earlier run")
+    parser.add_argument("--max-drop", type=float, default=1.0, help="points of TVDI that may be lost; default 1.0")
+    parser.add_argument(
+        "--min", nargs="+", default=[], metavar="RULE", help="such as 'apgd@l2:5 tvdi>=0.55' or 'clean tvdi>=0.85'"
+    )
+    parser.add_argument("--write-baseline", type=Path, metavar="FILE", help="keep this run's figures for later gates")
+    parser.add_argument("-o", "--output", type=Path, help="folder for gate.md and junit.xml")
+    parser.set_defaults(run=_gate)
+
+
+def _gate(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation import baseline as kept
+    from nnunet_ima.evaluation import gate
+    from nnunet_ima.evaluation.results import read_results
+
+    if not (options.baseline or options.min or options.write_baseline):
+        raise UserError("Say what to check: --baseline FILE, --min RULE, or keep this run with --write-baseline FILE.")
+    if not 0 <= options.max_drop <= 100:
+        raise UserError(f"--max-drop is {options.max_drop:g}; it must be between 0 and 100 points.")
+    minima = [gate.parse_minimum(text) for text in options.min]
+    results = read_results(options.run_folder)
+    judgements = [gate.judge_trust(results)]
+    if options.baseline:
+        judgements += gate.judge_drop(results, kept.read_baseline(options.baseline), options.max_drop)
+    judgements += [gate.judge_minimum(results, minimum) for minimum in minima]
+    if options.output:
+        gate.write_gate(options.output, results.title, judgements)
+    if options.baseline or minima:
+        print(gate.markdown(results.title, judgements))
+    if options.write_baseline:
+        kept.write_baseline(kept.baseline_of(results), options.write_baseline)
+        print(f"Written to {options.write_baseline}")
+        if not (options.baseline or minima):
+            return 0
+    return int(gate.overall(judgements))
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -121,7 +121,7 @@ def read_results(folder: Path, title: str | None = None) -> Results:
     try:
         samples = dict(_sample_tables(folder / "samples.csv", regions))
         cases = _case_tables(folder / "cases.csv", regions)
-    except (KeyError, ValueError, IndexError, UnicodeDecodeError, csv.Error) as error:
+    except (KeyError, ValueError, TypeError, IndexError, csv.Error) as error:
         raise UserError(f"A table in {folder} is damaged; write it again with nnunet_ima evaluate --merge.") from error
     results = Results(folder, title or _title(summary), summary, samples, cases)
     for key, table in samples.items():

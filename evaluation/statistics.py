@@ -1,7 +1,8 @@
 """How sure a figure is: intervals by resampling cases, and a paired test between two models.
 
-Slices of one case resemble each other, so cases are resampled, not samples. Only what the choice of the cases does to a
-figure is in the interval, not what another training run would.
+Slices of one case resemble each other, so cases are resampled, and samples only where there are too few cases: these
+intervals are then too narrow, which whoever shows them has to say. Only what the choice of the cases does to a figure
+is in an interval, not what another training run would.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import bootstrap, permutation_test
 
 from nnunet_ima.evaluation.metrics import Array, class_scores
@@ -16,11 +18,11 @@ from nnunet_ima.evaluation.metrics import Array, class_scores
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 # With fewer, no paired permutation test can reach 5 %, and resampling says next to nothing.
-FEWEST_CASES = 6
+FEWEST = 6
 
 
 class Interval(NamedTuple):
-    """A figure with its 95 % interval; NaN where too few cases are there to tell."""
+    """A figure with its 95 % interval; NaN where there is too little to tell."""
 
     value: float
     low: float
@@ -28,14 +30,28 @@ class Interval(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether there were enough cases."""
+        """Whether there was enough to tell."""
         return bool(self.low == self.low)
 
 
+def units(cases: npt.ArrayLike, counts: Array) -> tuple[str, Array]:
+    """What is resampled: ``cases`` with their samples' counts (n, F, 3) added up, or ``samples`` if there are too few.
+
+    Args:
+        cases: name of each sample's case.
+        counts: (samples, F, 3) of tp, fp, fn.
+    """
+    names = np.asarray(cases)
+    distinct = list(dict.fromkeys(names.tolist()))
+    if len(distinct) < FEWEST:
+        return "samples", counts
+    return "cases", np.stack([counts[names == name].sum(0) for name in distinct])
+
+
 def tvdi_interval(counts: Array, seed: int = 0) -> Interval:
-    """Of the TVDI, from the counts (cases, F, 3) of tp, fp, fn of each case; percentile bootstrap over cases."""
+    """Of the TVDI, from the counts (units, F, 3) of tp, fp, fn of each unit; percentile bootstrap."""
     value = float(_tvdi(counts, np.arange(len(counts))))
-    if len(counts) < FEWEST_CASES:
+    if len(counts) < FEWEST:
         return Interval(value, np.nan, np.nan)
     found = bootstrap(
         (np.arange(len(counts)),),
@@ -50,7 +66,7 @@ def tvdi_interval(counts: Array, seed: int = 0) -> Interval:
 
 
 class Difference(NamedTuple):
-    """One model's TVDI minus another's on the same cases, its interval, and the p-value of a permutation test."""
+    """One model's TVDI minus another's on the same units, its interval, and the p-value of a permutation test."""
 
     interval: Interval
     p: float
@@ -62,12 +78,12 @@ class Difference(NamedTuple):
 
 
 def tvdi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
-    """Of two models on the same cases, (cases, F, 3) each: paired bootstrap, and permutation test that swaps cases."""
+    """Of two models on the same units, (units, F, 3) each: paired bootstrap, and permutation test that swaps units."""
     if one.shape != other.shape:
         raise ValueError(f"counts of shapes {one.shape} and {other.shape} cannot be paired")
     cases = len(one)
     value = float(_tvdi(one, np.arange(cases)) - _tvdi(other, np.arange(cases)))
-    if cases < FEWEST_CASES:
+    if cases < FEWEST:
         return Difference(Interval(value, np.nan, np.nan), np.nan)
     both = np.concatenate([one, other])
 

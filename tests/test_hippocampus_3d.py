@@ -13,7 +13,6 @@ import torch
 from nnunet_project import PLANS, Project, make_project, make_trainer, quiet, read, tiny, write
 from test_attacks import SMALL_BUDGET, tensors_of, threat_for
 from test_hippocampus import TASK
-from test_oracle import state_of
 from tiny_networks import IGNORE, Problem
 from torch import Tensor, nn
 
@@ -141,9 +140,10 @@ def read_as(patch: Problem, labels: Labels) -> Problem:
 def test_what_holds_for_tiny_networks_holds_here(patch: Problem, attack_name: str, norm: str, kind: str) -> None:
     problem = read_as(patch, KINDS[kind])
     threat = threat_for(problem.images, norm, 10.0 if norm == "l2" else 0.05)
-    before = state_of(problem.network)
+    before = {name: value.clone() for name, value in problem.network.state_dict().items()}
     result = SMALL_BUDGET[attack_name](threat, problem.criterion)(problem.network, problem.images, problem.targets)
-    assert state_of(problem.network) == before
+    assert all(torch.equal(value, before[name]) for name, value in problem.network.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in problem.network.parameters())
     assert threat.contains(result.images, problem.images, tolerance=1e-5).all()
     low, high = threat.bounds(problem.images)
     assert ((result.images >= low) & (result.images <= high)).all()

@@ -11,7 +11,7 @@ import numpy as np
 from nnunet_ima.evaluation.metrics import nan_mean
 from nnunet_ima.evaluation.report.charts import COLOURS
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
-from nnunet_ima.evaluation.statistics import Difference, Interval, tvdi_difference, tvdi_interval
+from nnunet_ima.evaluation.statistics import FEWEST, Difference, Interval, tvdi_difference, tvdi_interval, units
 
 # Noise says how a model fares by chance; what an attacker can do is said by the others.
 NOISE = "white-noise"
@@ -86,15 +86,27 @@ class Setting:
 
         return self.levels[0][0] if len(self.runs) == 1 else max((text for text, _ in self.levels), key=spread)
 
+    @cached_property
+    def unit_resampled(self) -> str:
+        """What the intervals come from, with a warning where that is samples."""
+        found = {units(run.samples[UNTOUCHED].cases, run.samples[UNTOUCHED].counts)[0] for run in self.runs}
+        if found == {"cases"}:
+            return "cases"
+        return (
+            f"samples (there are fewer than {FEWEST} cases; samples of one case resemble each other, so these "
+            f"intervals are too narrow)"
+        )
+
     def interval(self, run: Results, key: Key) -> Interval:
         """Of a run's TVDI."""
-        return tvdi_interval(run.samples[key].by_case()[1])
+        return tvdi_interval(units(run.samples[key].cases, run.samples[key].counts)[1])
 
     def difference(self, run: Results, other: Results, key: Key) -> Difference | None:
         """A run's TVDI minus another's; None if they are not of the same samples."""
         if not self.comparable:
             return None
-        return tvdi_difference(run.samples[key].by_case()[1], other.samples[key].by_case()[1])
+        one, two = (units(table.cases, table.counts)[1] for table in (run.samples[key], other.samples[key]))
+        return tvdi_difference(one, two)
 
     def mean_over_levels(self, run: Results, attack: str) -> float:
         """Mean TVDI over clean and all levels: Table 3's Avg."""

@@ -29,7 +29,7 @@ def headline(setting: Setting) -> str:
         return f"At {at} under {key[0]}, {best.title} holds {held} of {worst.title}, on other samples."
     if not difference.interval.known:
         return (
-            f"At {at} under {key[0]}, {best.title} holds {held} of {worst.title}; with so few cases nobody can say "
+            f"At {at} under {key[0]}, {best.title} holds {held} of {worst.title}; with so few samples nobody can say "
             f"whether that is chance."
         )
     if not difference.clear:

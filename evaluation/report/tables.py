@@ -56,9 +56,9 @@ def robustness_table(setting: Setting) -> Table:
         for run, *cells in zip(setting.runs, *columns, strict=True):
             rows.append([Cell(run.title), Cell(attack), *cells])
     note = (
-        "TVDI in %, with 95 % intervals (bootstrap over cases; they say what other patients would change, not what "
-        "another training would). Avg is the mean of clean and all levels, as in Table 3 of the paper. Bold: the best "
-        "model of a column, for each attack."
+        f"TVDI in %, with 95 % intervals (bootstrap over {setting.unit_resampled}; they say what other scans would "
+        f"change, not what another training would). Avg is the mean of clean and all levels, as in Table 3 of the "
+        f"paper. Bold: the best model of a column, for each attack."
     )
     return Table(f"TVDI under each attack: {setting.name}", head, rows, note, names=2)
 
@@ -75,7 +75,7 @@ def difference_table(setting: Setting) -> Table | None:
             found = setting.difference(run, first, key)
             assert found is not None
             low, high = 100 * found.interval.low, 100 * found.interval.high
-            shown = f"{low:+.1f} to {high:+.1f}" if found.interval.known else "too few cases"
+            shown = f"{low:+.1f} to {high:+.1f}" if found.interval.known else "too little to tell"
             where = "clean" if key == UNTOUCHED else f"{key[0]}, {setting.norm_name} {key[1]}"
             p = "–" if found.p != found.p else ("< 0.001" if found.p < 0.001 else f"{found.p:.3f}")
             rows.append([
@@ -84,8 +84,8 @@ def difference_table(setting: Setting) -> Table | None:
             ])  # fmt: skip
     note = (
         f"TVDI in points minus that of {first.title}, on the same samples: 95 % interval by paired bootstrap over "
-        f"cases, p by a permutation test that swaps the two models' results of a case. Not corrected for the number "
-        f"of comparisons."
+        f"{setting.unit_resampled}, p by a permutation test that swaps the two models' results of one. Not corrected "
+        f"for the number of comparisons."
     )
     title = f"Against {first.title}: {setting.name}"
     return Table(title, ["model", "condition", "difference", "95 % interval", "p"], rows, note, names=2)

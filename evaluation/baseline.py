@@ -1,0 +1,83 @@
+"""What a gate compares with: a run's figures, sample by sample, in one small file that can be kept with the code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.metrics import Array
+from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results, read_results
+from nnunet_ima.evaluation.summary import SEAL, seal_of
+from nnunet_ima.files import write_text
+
+SCHEMA = "nnunet_ima/baseline/1"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Counts of a run's samples.
+
+    Attributes:
+        about: model, protocol, classes and so on, of summary.json.
+        samples: case and tile of each.
+        counts: by condition, (samples, F, 3) of tp, fp, fn.
+    """
+
+    about: dict[str, Any]
+    samples: list[tuple[str, int]]
+    counts: dict[Key, Array]
+
+
+def baseline_of(results: Results) -> Baseline:
+    """Of a finished run."""
+    table = results.samples[UNTOUCHED]
+    samples = list(zip(table.cases.tolist(), table.tiles.tolist(), strict=True))
+    names = ("model", "protocol", "criterion", "classes", "seed", "trusted", "versions")
+    about = {name: results.summary[name] for name in names}
+    keys = [UNTOUCHED, *((item["attack"], item["level"]) for item in results.attacked)]
+    return Baseline(about, samples, {key: results.samples[key].counts for key in keys})
+
+
+def write_baseline(baseline: Baseline, file: Path) -> None:
+    """Write it as JSON."""
+    content = {
+        "schema": SCHEMA,
+        "about": baseline.about,
+        "samples": baseline.samples,
+        "conditions": [
+            {"attack": attack, "level": level, "counts": counts.astype(int).tolist()}
+            for (attack, level), counts in baseline.counts.items()
+        ],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps({**content, SEAL: seal_of(content)}) + "\n")
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Of a file that :func:`write_baseline` wrote, or of the folder of a run.
+
+    Raises:
+        UserError: it is missing, damaged, of another version, or was changed.
+    """
+    if path.is_dir():
+        return baseline_of(read_results(path))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"The baseline {path} is missing; make it of a run with nnunet_ima gate RUN --write-baseline {path}."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"The baseline {path} is damaged ({error}); make it again.") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        found = content.get("schema") if isinstance(content, dict) else None
+        raise UserError(f"The baseline {path} is of another version ({found!r}, here {SCHEMA!r}); make it again.")
+    if content.get(SEAL) != seal_of(content):
+        raise UserError(f"The baseline {path} was changed after it was written; restore it, or make it again.")
+    counts = {(item["attack"], item["level"]): np.array(item["counts"], float) for item in content["conditions"]}
+    return Baseline(content["about"], [(case, tile) for case, tile in content["samples"]], counts)

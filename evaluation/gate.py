@@ -1,0 +1,252 @@
+"""Does a model still hold? Rules about a run's figures, judged with their intervals: met, broken, or not to be told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.baseline import Baseline, baseline_of
+from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
+from nnunet_ima.evaluation.statistics import Interval, tvdi_difference, tvdi_interval, units
+from nnunet_ima.files import write_text
+
+_RULE = re.compile(
+    r"(?:(?P<attack>\S+)@(?P<norm>l2|linf):(?P<level>\S+)|clean)\s+(?P<metric>\w+)\s*>=\s*(?P<limit>\S+)"
+)
+METRICS = ("tvdi",)
+
+
+class Verdict(IntEnum):
+    """Of a rule, and of all together; the number is the exit status."""
+
+    MET = 0
+    BROKEN = 1
+    UNKNOWN = 2
+
+    @property
+    def word(self) -> str:
+        """For people."""
+        return {0: "met", 1: "BROKEN", 2: "cannot tell"}[self.value]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A rule and what became of it; ``sentence`` says why."""
+
+    rule: str
+    before: str
+    now: str
+    verdict: Verdict
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """A rule of its own: a figure that must be reached, such as ``apgd@l2:5 tvdi>=0.55``."""
+
+    text: str
+    key: Key
+    norm: str | None
+    limit: float
+
+
+def parse_minimum(text: str) -> Minimum:
+    """Read ``ATTACK@NORM:LEVEL tvdi>=SHARE`` or ``clean tvdi>=SHARE``.
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = _RULE.fullmatch(text.strip())
+    if found is None:
+        raise UserError(
+            f"The rule {text!r} cannot be read; it must be like 'apgd@l2:5 tvdi>=0.55' or 'clean tvdi>=0.85'."
+        )
+    if found["metric"] not in METRICS:
+        raise UserError(f"The rule {text!r} asks for {found['metric']}; there is {', '.join(METRICS)}.")
+    try:
+        limit = float(found["limit"])
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit <= 1:
+        raise UserError(f"The rule {text!r} has the limit {found['limit']}; it must be a share from 0 to 1, as 0.55.")
+    key = UNTOUCHED if found["attack"] is None else (found["attack"], found["level"])
+    return Minimum(text.strip(), key, found["norm"], limit)
+
+
+def judge_minimum(results: Results, minimum: Minimum) -> Judgement:
+    """Met if the whole interval is above the limit, broken if it is below."""
+    key = _find(results, minimum)
+    interval = tvdi_interval(units(results.samples[key].cases, results.samples[key].counts)[1])
+    now = _share(interval)
+    if not interval.known:
+        verdict, why = Verdict.UNKNOWN, "too few samples for an interval"
+    elif interval.low >= minimum.limit:
+        verdict, why = Verdict.MET, "the whole interval is at or above the limit"
+    elif interval.high < minimum.limit:
+        verdict, why = Verdict.BROKEN, "the whole interval is below the limit"
+    else:
+        verdict, why = Verdict.UNKNOWN, "the limit lies within the interval: more samples would tell"
+    return Judgement(minimum.text, f"{100 * minimum.limit:.1f} wanted", now, verdict, f"{why}.")
+
+
+def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterator[Judgement]:
+    """For every condition of the baseline: did TVDI fall by more than ``max_drop`` points?
+
+    The same samples are compared one with the other; of other samples only the two intervals.
+
+    Raises:
+        UserError: the baseline is of other data, another protocol or norm.
+    """
+    _refuse_incomparable(results, baseline)
+    ours = baseline_of(results)
+    paired = ours.samples == baseline.samples
+    cases, theirs = ([case for case, _ in which] for which in (ours.samples, baseline.samples))
+    for key, before in baseline.counts.items():
+        name = "clean" if key == UNTOUCHED else f"{key[0]}@{results.summary['protocol']['norm']}:{key[1]}"
+        rule = f"{name}: no more than {max_drop:g} points below the baseline"
+        old = tvdi_interval(units(theirs, before)[1])
+        if key not in ours.counts:
+            sentence = "the run has no such attack and level; evaluate as the baseline was."
+            yield Judgement(rule, _share(old), "not run", Verdict.UNKNOWN, sentence)
+            continue
+        after = ours.counts[key]
+        new = tvdi_interval(units(cases, after)[1])
+        if paired and np.array_equal(after, before):
+            yield Judgement(rule, _share(old), _share(new), Verdict.MET, "nothing changed.")
+            continue
+        if paired:
+            change = tvdi_difference(units(cases, after)[1], units(cases, before)[1]).interval
+        else:
+            change = _unpaired(new, old)
+        verdict, why = _judge_change(change, max_drop / 100, paired)
+        yield Judgement(rule, _share(old), _share(new), verdict, why)
+
+
+def judge_trust(results: Results) -> Judgement:
+    """Figures that a check of the evaluation failed say nothing."""
+    failed = [str(item["sentence"]) for item in results.summary["trust"] if not item["passed"]]
+    verdict = Verdict.UNKNOWN if failed else Verdict.MET
+    sentence = "; ".join(failed) if failed else "all checks of the evaluation passed"
+    return Judgement("the figures can be trusted", "", "", verdict, f"{sentence}.")
+
+
+def overall(judgements: Sequence[Judgement]) -> Verdict:
+    """Broken if one rule is; else not to be told if one is not."""
+    verdicts = {judgement.verdict for judgement in judgements}
+    return Verdict.BROKEN if Verdict.BROKEN in verdicts else max(verdicts, default=Verdict.MET)
+
+
+def write_gate(folder: Path, title: str, judgements: Sequence[Judgement]) -> None:
+    """Write gate.md and junit.xml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "gate.md", markdown(title, judgements))
+    write_text(folder / "junit.xml", junit(title, judgements))
+
+
+def markdown(title: str, judgements: Sequence[Judgement]) -> str:
+    """For people, and for what a CI service shows of a run."""
+    lines = [f"## Robustness gate: {overall(judgements).word}", "", title, ""]
+    lines += ["| rule | before | now | verdict | why |", "| --- | --- | --- | --- | --- |"]
+    for one in judgements:
+        cells = (one.rule, one.before, one.now, f"**{one.verdict.word}**", one.sentence)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join([*lines, "", "TVDI in %, with 95 % intervals.", ""])
+
+
+def junit(title: str, judgements: Sequence[Judgement]) -> str:
+    """A test case for each rule: a broken one has failed, one that cannot be told is an error."""
+    counted = [sum(one.verdict is verdict for one in judgements) for verdict in (Verdict.BROKEN, Verdict.UNKNOWN)]
+    suite = ElementTree.Element(
+        "testsuite", name="nnunet_ima gate", tests=str(len(judgements)), failures=str(counted[0]),
+        errors=str(counted[1]), skipped="0",
+    )  # fmt: skip
+    for one in judgements:
+        case = ElementTree.SubElement(suite, "testcase", classname=_printable(title), name=_printable(one.rule))
+        if one.verdict is not Verdict.MET:
+            kind = "failure" if one.verdict is Verdict.BROKEN else "error"
+            what = ElementTree.SubElement(case, kind, message=_printable(one.sentence))
+            what.text = _printable(f"before {one.before}, now {one.now}")
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def _judge_change(change: Interval, allowed: float, paired: bool) -> tuple[Verdict, str]:
+    shown = f"{100 * change.value:+.1f} points"
+    if not change.known:
+        return Verdict.UNKNOWN, f"{shown}; too few samples to say whether that is chance."
+    shown += f" ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
+    if not paired:
+        shown += ", of other samples than the baseline's"
+    if change.low >= -allowed:
+        return Verdict.MET, f"{shown}."
+    if change.high < -allowed:
+        return Verdict.BROKEN, f"{shown}: worse than allowed."
+    return Verdict.UNKNOWN, f"{shown}: the limit lies within the interval."
+
+
+def _unpaired(new: Interval, old: Interval) -> Interval:
+    """Of the difference of two independent figures: their half-widths add up as squares do."""
+    low = np.hypot(new.value - new.low, old.high - old.value)
+    high = np.hypot(new.high - new.value, old.value - old.low)
+    value = new.value - old.value
+    return Interval(value, float(value - low), float(value + high))
+
+
+def _find(results: Results, minimum: Minimum) -> Key:
+    """The condition that a rule is about; levels are compared as numbers."""
+    if minimum.key == UNTOUCHED:
+        return UNTOUCHED
+    norm = results.summary["protocol"]["norm"]
+    attack, level = minimum.key
+    there = [(item["attack"], item["level"]) for item in results.attacked]
+    for key in there:
+        if norm == minimum.norm and key[0] == attack and _same(key[1], level):
+            return key
+    known = ", ".join(f"{key[0]}@{norm}:{key[1]}" for key in there)
+    raise UserError(f"The rule {minimum.text!r} is about something that {results.folder} has not; it has {known}.")
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return Fraction(one) == Fraction(other)
+    except (ValueError, ZeroDivisionError):
+        return one == other
+
+
+def _refuse_incomparable(results: Results, baseline: Baseline) -> None:
+    def way(about: dict[str, Any]) -> dict[str, Any]:
+        protocol = about["protocol"]
+        return {
+            "dataset": about["model"]["dataset"],
+            "protocol": protocol["name"],
+            "norm": protocol["norm"],
+            "classes": about["classes"],
+        }
+
+    ours, theirs = way(results.summary), way(baseline.about)
+    different = [name for name in ours if ours[name] != theirs[name]]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"The baseline is of another {name} ({theirs[name]}) than {results.folder} ({ours[name]}), so the two "
+            f"cannot be compared."
+        )
+
+
+def _share(interval: Interval) -> str:
+    text = f"{100 * interval.value:.1f}"
+    return f"{text} ({100 * interval.low:.1f} to {100 * interval.high:.1f})" if interval.known else text
+
+
+def _printable(text: str) -> str:
+    """XML has no control characters."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -1,0 +1,121 @@
+"""Finished evaluations whose figures a test chooses, written as ``nnunet_ima evaluate`` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from nnunet_ima.attacks import Finding
+from nnunet_ima.evaluation.examples import Example
+from nnunet_ima.evaluation.identity import write_identity
+from nnunet_ima.evaluation.merge import merge
+from nnunet_ima.evaluation.metrics import CaseScore
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, SampleKey, SampleScore
+from nnunet_ima.evaluation.protocols import Protocol, parse_level
+from nnunet_ima.evaluation.records import Records, part_folder
+
+NOISE, ATTACK = "white-noise:draws=3", "apgd:steps=4"
+
+
+def make_run(
+    folder: Path, *, clean: float = 0.9, attacked: Mapping[str, float] | None = None,
+    noise: Mapping[str, float] | None = None, cases: int = 8, tiles: int = 5, seed: int = 0, jitter: int = 0,
+    title: str = "nnUNetTrainerSTD", dataset: str = "Dataset004_Hippocampus", norm: str = "l2",
+    protocol: str = "sound", classes: tuple[str, ...] = ("anterior", "posterior"), case_name: str = "case_{:03d}",
+    margins: Mapping[str, list[float]] | None = None, whole_cases: bool = True,
+) -> Path:  # fmt: skip
+    """A run whose samples' Dice scatter around the given ones.
+
+    Args:
+        clean: without attack.
+        attacked: by level.
+        noise: by the same levels; None for no noise.
+        jitter: 0, or the seed of a few voxels that fall out differently.
+    """
+    attacked = attacked or {"2": 0.8, "8": 0.5}
+    by_attack = {**({NOISE: noise} if noise else {}), ATTACK: attacked}
+    levels = [parse_level(text, norm) for text in attacked]
+    conditions = [Condition(CLEAN, None), *([Condition(CLAMP, None)] if protocol == "paper" else [])]
+    conditions += [Condition(attack, level) for attack in by_attack for level in levels]
+    names = [case_name.format(number) for number in range(cases)]
+    model = {
+        "dataset": dataset, "trainer": title, "plans": "nnUNetPlans", "configuration": "2d", "fold": 0,
+        "checkpoint": "checkpoint_final.pth", "sha256": f"{title} {seed} {clean}",
+    }  # fmt: skip
+    identity = {
+        "model": model, "protocol": protocol, "norm": norm, "levels": list(attacked), "attacks": list(by_attack),
+        "case level": whole_cases, "cases": names,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    write_identity(folder, identity, _head(model, Protocol(protocol, norm), classes, margins or {}))
+    records = Records(part_folder(folder, 1, 0), conditions)
+    with records.writing():
+        records.plan({name: list(range(tiles)) for name in names}, names)
+        for condition in conditions:
+            wanted = clean if condition.level is None else by_attack[condition.attack][condition.level.text]
+            scores = [
+                _score(SampleKey(name, tile), wanted, clean, len(classes), seed, jitter)
+                for name in names
+                for tile in range(tiles)
+            ]
+            if condition.level is not None:
+                examples = [_example(score, len(classes)) for score in scores]
+                records.keep_worst(condition, examples, scores)
+            records.add_samples(condition, scores)
+            for name in names if whole_cases else ():
+                dice = tuple(float(np.clip(wanted + 0.01 * number, 0, 1)) for number in range(len(classes)))
+                surface = tuple(min(1.0, value + 0.05) for value in dice)
+                records.add_case(condition, name, CaseScore(dice, tuple(5 - 4 * value for value in dice), surface))
+        records.add_findings([Finding("same_output_twice", True, "the network gives the same output twice")])
+    # The pictures take seconds, and are tested elsewhere.
+    drawn = "nnunet_ima.evaluation.merge.draw_"
+    with mock.patch(f"{drawn}worst"), mock.patch(f"{drawn}dice_against_level"):
+        merge(folder)
+    return folder
+
+
+def _score(sample: SampleKey, wanted: float, clean: float, classes: int, seed: int, jitter: int) -> SampleScore:
+    number = _number(sample)
+    size = np.random.default_rng([number, 0]).integers(100, 900, classes)
+    # What makes a sample hard is the same for all models; the seed adds what is particular to one.
+    hard, own = (np.random.default_rng([number, which]).normal(0, 0.05) for which in (1, seed + 2))
+    hits = np.round(size * np.clip(wanted + hard + 0.3 * own, 0, 1))
+    if jitter:
+        hits = np.clip(hits + np.random.default_rng([number, jitter, 7]).integers(-1, 2, classes), 0, size)
+    counts = np.stack([hits, size - hits, size - hits], -1).astype(float)
+    return SampleScore(sample, counts, float((hits / size).mean()), clean, 5.0, 5.0, 9, 8)
+
+
+def _number(sample: SampleKey) -> int:
+    return sum((position + 1) * ord(letter) for position, letter in enumerate(sample.case)) * 1000 + sample.tile
+
+
+def _example(score: SampleScore, classes: int) -> Example:
+    draws = np.random.default_rng(_number(score.sample))
+    image = draws.normal(size=(24, 20)).astype(np.float32)
+    masks = np.zeros((3, classes, 24, 20), bool)
+    for shift, mask in enumerate(masks):
+        for number in range(classes):
+            mask[number, 4 + shift + 6 * number : 9 + shift + 6 * number, 5 + shift : 14] = True
+    return Example(*score.sample, score.clean_dice, score.dice, image, image + 0.2, *masks)
+
+
+def _head(
+    model: dict[str, Any], protocol: Protocol, classes: tuple[str, ...], margins: Mapping[str, list[float]]
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "protocol": {
+            "name": protocol.name, "norm": protocol.norm, "range": protocol.range, "unit": protocol.unit,
+        },
+        "criterion": {"dice_threshold": 0.6, "dice_reduction": "mean"},
+        "classes": list(classes),
+        "labels": [str(number + 1) for number in range(len(classes))],
+        "seed": 0, "max_samples": None, "trained_on_these_cases": False, "started_from_unknown_weights": False,
+        "margins_by_epoch": dict(margins), "device": "cpu", "command": "nnunet_ima evaluate ...",
+        "versions": {"nnunet_ima": "0.1.0"},
+    }  # fmt: skip

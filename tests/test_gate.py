@@ -1,0 +1,237 @@
+"""The gate: what it says of rules, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from results_of_runs import make_run
+
+from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.gate import Judgement, Verdict, junit, markdown, overall, parse_minimum
+from nnunet_ima.evaluation.results import read_results
+
+
+@pytest.fixture
+def gate(tmp_path, capsys) -> Callable[..., tuple[int, str]]:
+    def run(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        status = main(["gate", *map(str, arguments)])
+        written = capsys.readouterr()
+        assert "Traceback" not in written.err
+        return status, written.out + written.err
+
+    return run
+
+
+@pytest.fixture
+def good(tmp_path) -> Path:
+    return make_run(tmp_path / "good", clean=0.9, attacked={"2": 0.8, "8": 0.6}, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_model_that_did_not_change_passes_whatever_the_attacks_seed(gate, good, tmp_path, seed):
+    """Another seed of the attack changes a few voxels here and there."""
+    again = make_run(tmp_path / "again", clean=0.9, attacked={"2": 0.8, "8": 0.6}, seed=0, jitter=seed)
+    status, text = gate(again, "--baseline", good, "--max-drop", "1.0")
+    assert (status, "BROKEN" in text) == (0, False), text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_fragile_model_is_stopped(gate, good, tmp_path, seed):
+    fragile = make_run(tmp_path / "fragile", clean=0.91, attacked={"2": 0.6, "8": 0.2}, seed=seed + 1)
+    status, text = gate(fragile, "--baseline", good, "--max-drop", "1.0")
+    assert status == 1
+    assert "apgd:steps=4@l2:8: no more than 1 points" in text
+    assert "clean: no more than 1 points below the baseline" in text
+
+
+def test_the_same_run_passes_even_if_there_is_little_of_it(gate, tmp_path):
+    tiny = make_run(tmp_path / "tiny", clean=0.9, attacked={"2": 0.5}, cases=1, tiles=2)
+    status, text = gate(tiny, "--baseline", tiny, "--max-drop", "0")
+    assert status == 0
+    assert text.count("nothing changed") == 2
+
+
+def test_where_nobody_can_tell_the_status_is_2(gate, good, tmp_path):
+    near = make_run(tmp_path / "near", clean=0.9, attacked={"2": 0.79, "8": 0.59}, seed=5)
+    status, text = gate(near, "--baseline", good, "--max-drop", "1.0")
+    assert status == 2
+    assert "the limit lies within the interval" in text
+    tiny = make_run(tmp_path / "tiny", clean=0.9, attacked={"2": 0.5}, cases=1, tiles=2)
+    assert gate(tiny, "--min", "clean tvdi>=0.1")[0] == 2
+
+
+def test_other_samples_are_compared_by_their_intervals_alone(gate, good, tmp_path):
+    others = make_run(tmp_path / "others", clean=0.9, attacked={"2": 0.8, "8": 0.6}, cases=12, seed=0)
+    status, text = gate(others, "--baseline", good, "--max-drop", "10")
+    assert status == 0
+    assert "of other samples than the baseline's" in text
+    worse = make_run(tmp_path / "worse", clean=0.5, attacked={"2": 0.3, "8": 0.1}, cases=12, seed=0)
+    assert gate(worse, "--baseline", good, "--max-drop", "10")[0] == 1
+
+
+def test_a_baseline_file_says_what_its_run_does(gate, good, tmp_path):
+    file = tmp_path / "kept" / "baseline.json"
+    assert gate(good, "--write-baseline", file)[0] == 0
+    fragile = make_run(tmp_path / "fragile", clean=0.91, attacked={"2": 0.6, "8": 0.2}, seed=3)
+    for run in (good, fragile):
+        assert gate(run, "--baseline", file) == gate(run, "--baseline", good)
+
+
+@pytest.mark.parametrize(
+    ("rule", "status"),
+    [
+        ("clean tvdi>=0.5", 0), ("clean tvdi >= 0.99", 1), ("apgd:steps=4@l2:2 tvdi>=0.7", 0),
+        ("apgd:steps=4@l2:2.0 tvdi>=0.7", 0), ("apgd:steps=4@l2:8 tvdi>=0.8", 1), ("apgd:steps=4@l2:8 tvdi>=0.6", 2),
+    ],
+)  # fmt: skip
+def test_minima_are_judged_by_the_whole_interval(gate, good, rule, status):
+    assert gate(good, "--min", rule)[0] == status
+    worst = {0: 0, 1: 1, 2: 2}[status]
+    assert gate(good, "--min", "clean tvdi>=0.5", rule)[0] == worst
+
+
+def test_a_run_that_failed_a_check_says_nothing(gate, tmp_path):
+    hidden = make_run(tmp_path / "hidden", clean=0.9, attacked={"2": 0.9}, noise={"2": 0.2})
+    status, text = gate(hidden, "--min", "clean tvdi>=0.1")
+    assert status == 2
+    assert "white noise is stronger" in text
+
+
+def test_a_condition_that_is_missing_cannot_be_told(gate, good, tmp_path):
+    less = make_run(tmp_path / "less", clean=0.9, attacked={"2": 0.8}, seed=0)
+    status, text = gate(less, "--baseline", good)
+    assert status == 2
+    assert "the run has no such attack and level" in text
+
+
+def test_both_files_say_the_same(gate, good, tmp_path):
+    fragile = make_run(tmp_path / "fragile", clean=0.91, attacked={"2": 0.6, "8": 0.59}, seed=3, title="<b>&\x01")
+    status, text = gate(fragile, "--baseline", good, "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "gate.md").read_text() in text
+    suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()
+    assert status == 1
+    assert int(suite.attrib["tests"]) == len(suite) == 4
+    assert int(suite.attrib["failures"]) == len(suite.findall("testcase/failure")) == text.count("**BROKEN**")
+    assert int(suite.attrib["errors"]) == len(suite.findall("testcase/error")) == text.count("**cannot tell**")
+
+
+verdicts = st.sampled_from(Verdict)
+
+
+@given(st.lists(st.builds(Judgement, st.text(), st.text(), st.text(), verdicts, st.text())), st.text())
+def test_whatever_stands_in_a_rule_the_files_can_be_read(judgements, title):
+    suite = ElementTree.fromstring(junit(title, judgements).partition("\n")[2])
+    assert len(suite) == len(judgements)
+    assert len(suite.findall("testcase/failure")) == sum(one.verdict is Verdict.BROKEN for one in judgements)
+    table = [line for line in markdown("", judgements).split("\n") if line.startswith("| ")]
+    assert len(table) == len(judgements) + 2
+
+
+@given(st.lists(verdicts))
+def test_one_broken_rule_breaks_all_and_doubt_is_no_pass(found):
+    whole = overall([Judgement("", "", "", verdict, "") for verdict in found])
+    assert (whole is Verdict.BROKEN) == (Verdict.BROKEN in found)
+    assert (whole is Verdict.MET) == (set(found) <= {Verdict.MET})
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["", "apgd tvdi>=0.5", "apgd@l2 tvdi>=0.5", "apgd@l3:5 tvdi>=0.5", "clean tvdi<=0.5", "clean tvdi>=55",
+     "clean tvdi>=x", "clean hd95>=0.5", "clean tvdi>=nan"],
+)  # fmt: skip
+def test_a_rule_that_cannot_be_read_is_refused(gate, good, rule):
+    status, text = gate(good, "--min", rule)
+    assert status == 2
+    assert text.startswith("nnunet_ima: The rule ")
+
+
+@given(st.sampled_from(["apgd", "fab:steps=3"]), st.sampled_from(["l2", "linf"]), st.floats(0, 1))
+def test_rules_are_read_as_they_were_written(attack, norm, limit):
+    minimum = parse_minimum(f"{attack}@{norm}:4/255 tvdi>={limit}")
+    assert (minimum.key, minimum.norm, minimum.limit) == ((attack, "4/255"), norm, limit)
+
+
+def test_what_does_not_fit_is_named(gate, good, tmp_path):
+    assert "has apgd:steps=4@l2:2" in gate(good, "--min", "pgd@l2:2 tvdi>=0.5")[1]
+    assert "another dataset" in gate(good, "--baseline", make_run(tmp_path / "other", dataset="Dataset005_X"))[1]
+    assert (
+        "another norm" in gate(good, "--baseline", make_run(tmp_path / "linf", norm="linf", attacked={"2/255": 0.8}))[1]
+    )
+    assert "Say what to check" in gate(good)[1]
+    assert "--max-drop" in gate(good, "--baseline", good, "--max-drop", "-1")[1]
+    assert "is missing" in gate(good, "--baseline", tmp_path / "nothing.json")[1]
+    assert "summary.json is missing" in gate(tmp_path / "nothing", "--baseline", good)[1]
+
+
+@pytest.mark.parametrize("change", ["number", "cut", "schema", "not json", "list"])
+def test_a_baseline_that_was_changed_is_refused(gate, good, tmp_path, change):
+    file = tmp_path / "baseline.json"
+    gate(good, "--write-baseline", file)
+    content = json.loads(file.read_text())
+    if change == "number":
+        content["conditions"][1]["counts"][0][0][0] -= 50
+    elif change == "schema":
+        content["schema"] = "nnunet_ima/baseline/0"
+    text = {"cut": file.read_text()[:-20], "not json": "?", "list": "[]"}.get(change, json.dumps(content))
+    file.write_text(text)
+    status, sentence = gate(good, "--baseline", file)
+    assert status == 2
+    assert str(file) in sentence
+
+
+def edited(summary: dict[str, Any]) -> None:
+    summary["results"][0]["tvdi"] = 0.99
+
+
+def other_version(summary: dict[str, Any]) -> None:
+    summary["schema"] = "nnunet_ima/evaluation/1"
+
+
+@pytest.mark.parametrize(("change", "named"), [(edited, "was changed after"), (other_version, "another version")])
+def test_an_edited_summary_is_refused(gate, good, change, named):
+    file = good / "summary.json"
+    summary = json.loads(file.read_text())
+    change(summary)
+    file.write_text(json.dumps(summary))
+    assert named in gate(good, "--min", "clean tvdi>=0.1")[1]
+
+
+@pytest.mark.parametrize("name", ["samples.csv", "cases.csv", "summary.json"])
+def test_missing_or_damaged_tables_are_named(gate, good, name):
+    original = (good / name).read_bytes()
+    (good / name).unlink()
+    assert name in gate(good, "--min", "clean tvdi>=0.1")[1]
+    (good / name).write_bytes(original[: len(original) // 2])
+    status, text = gate(good, "--min", "clean tvdi>=0.1")
+    assert status == 2 or name == "cases.csv"
+    assert text.startswith("nnunet_ima: ") or name == "cases.csv"
+
+
+def test_folders_with_spaces_and_umlauts(gate, good, tmp_path):
+    odd = tmp_path / "Läufe vom Montag, 1. Versuch"
+    shutil.copytree(good, odd)
+    assert gate(odd, "--baseline", odd, "-o", odd / "Tür zu")[0] == 0
+    assert (odd / "Tür zu" / "junit.xml").is_file()
+
+
+def test_what_is_read_is_what_was_written(good):
+    results = read_results(good)
+    for item in results.attacked:
+        table = results.samples[(item["attack"], item["level"])]
+        counts = table.counts.sum(0)
+        dice = 2 * counts[:, 0] / (2 * counts[:, 0] + counts[:, 1] + counts[:, 2])
+        assert dice.mean() == pytest.approx(item["tvdi"], abs=1e-6)
+        assert np.mean(table.dice) == pytest.approx(item["adi"], abs=1e-5)
