@@ -9,6 +9,7 @@ from typing import Any
 
 from nnunet_ima.attacks import Finding
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.identity import read_run, refuse_different, write_identity
 from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, Outcome, lost_most
 from nnunet_ima.evaluation.pictures import draw_dice_against_level, draw_worst
@@ -115,15 +116,16 @@ def _join(condition: Condition, parts: Sequence[Records]) -> Outcome:
     scores = {key: score for part in parts for key, score in part.samples[condition].items()}
     cases = {name: score for part in parts for name, score in part.cases[condition].items()}
     samples = [scores[key] for key in sorted(scores)]
-    found = ((part.load_example(condition, score.sample) for part in parts) for score in lost_most(samples))
+    worst = worst_examples(condition, parts) if condition.level else []
+    return Outcome(condition.attack, condition.level, samples, dict(sorted(cases.items())), worst)
+
+
+def worst_examples(condition: Condition, parts: Sequence[Records]) -> list[Example]:
+    """The samples that lost most Dice in all parts together, as far as they are on the disk."""
+    scores = {key: score for part in parts for key, score in part.samples[condition].items()}
+    found = ((part.load_example(condition, score.sample) for part in parts) for score in lost_most(scores.values()))
     shown = [next((example for example in examples if example is not None), None) for examples in found]
-    return Outcome(
-        condition.attack,
-        condition.level,
-        samples,
-        dict(sorted(cases.items())),
-        [example for example in shown if example is not None],
-    )
+    return [example for example in shown if example is not None]
 
 
 def _join_findings(parts: Sequence[Sequence[Finding]]) -> list[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -79,6 +79,6 @@ class Outcome:
     findings: list[Finding] = field(default_factory=list)
 
 
-def lost_most(scores: list[SampleScore]) -> list[SampleScore]:
+def lost_most(scores: Iterable[SampleScore]) -> list[SampleScore]:
     """The few samples that lost most Dice; of equal ones those that come first."""
     return sorted(scores, key=lambda score: (score.dice - score.clean_dice, score.sample))[:WORST_KEPT]

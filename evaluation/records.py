@@ -137,7 +137,7 @@ class Records:
         """Of these examples, with their scores, and those kept before, keep the ones that lost most."""
         folder = self.folder / "examples" / str(self._number[condition])
         known = {**self.samples[condition], **{score.sample: score for score in scores}}
-        wanted = {_example_file(score.sample) for score in lost_most(list(known.values()))}
+        wanted = {_example_file(score.sample) for score in lost_most(known.values())}
         folder.mkdir(parents=True, exist_ok=True)
         for example in examples:
             name = _example_file(SampleKey(example.case, example.tile))

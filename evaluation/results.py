@@ -14,9 +14,9 @@ import numpy as np
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.identity import read_run
-from nnunet_ima.evaluation.merge import conditions_of
+from nnunet_ima.evaluation.merge import conditions_of, worst_examples
 from nnunet_ima.evaluation.metrics import Array, class_scores
-from nnunet_ima.evaluation.outcomes import CLEAN, SampleKey
+from nnunet_ima.evaluation.outcomes import CLEAN
 from nnunet_ima.evaluation.records import Records, part_folders
 from nnunet_ima.evaluation.summary import SCHEMA, SEAL, seal_of
 
@@ -96,18 +96,7 @@ class Results:
         """The samples that lost most Dice under a condition."""
         conditions = conditions_of(read_run(self.folder)["identity"])
         wanted = next(c for c in conditions if (c.attack, c.level.text if c.level else "0") == key)
-        table, clean = self.samples[key], self.samples[UNTOUCHED]
-        order = sorted(range(len(table.dice)), key=lambda i: (table.dice[i] - clean.dice[i], table.cases[i]))
-        parts = [Records(folder, conditions) for folder in part_folders(self.folder)]
-        found = []
-        for i in order:
-            sample = SampleKey(str(table.cases[i]), int(table.tiles[i]))
-            examples = (part.load_example(wanted, sample) for part in parts)
-            example = next((one for one in examples if one is not None), None)
-            if example is None:
-                break
-            found.append(example)
-        return found
+        return worst_examples(wanted, [Records(folder, conditions) for folder in part_folders(self.folder)])
 
 
 def read_results(folder: Path, title: str | None = None) -> Results:

@@ -87,7 +87,8 @@ def _score(sample: SampleKey, wanted: float, clean: float, classes: int, seed: i
     if jitter:
         hits = np.clip(hits + np.random.default_rng([number, jitter, 7]).integers(-1, 2, classes), 0, size)
     counts = np.stack([hits, size - hits, size - hits], -1).astype(float)
-    return SampleScore(sample, counts, float((hits / size).mean()), clean, 5.0, 5.0, 9, 8)
+    untouched = clean if wanted == clean else _score(sample, clean, clean, classes, seed, jitter).dice
+    return SampleScore(sample, counts, float((hits / size).mean()), untouched, 5.0, 5.0, 9, 8)
 
 
 def _number(sample: SampleKey) -> int:

@@ -1,0 +1,402 @@
+"""The report: what it says, its tables, and the page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from results_of_runs import ATTACK, NOISE, make_run
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.report import write_report
+from nnunet_ima.evaluation.report.charts import axis_around
+from nnunet_ima.evaluation.report.figures import settings_of
+from nnunet_ima.evaluation.report.published import published_for
+from nnunet_ima.evaluation.report.sentences import headline, price
+from nnunet_ima.evaluation.report.tables import Cell, Table, as_csv, as_latex, as_markdown, robustness_table
+from nnunet_ima.evaluation.results import read_results
+
+MARGINS = {"margin_10": [1.0, 1.5, 2.0], "margin_50": [2.0, 3.0, 4.0], "margin_90": [3.0, 5.0, 7.0]}
+PAPERS = Path(__file__).parents[2] / "shared" / "papers"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """A fragile and a hardened model, in both norms."""
+    root = tmp_path_factory.mktemp("runs")
+    made = []
+    for norm, levels in (("l2", ("5", "10", "15")), ("linf", ("1/255", "2/255", "4/255"))):
+        for title, clean, dice in (
+            ("nnUNetTrainer", 0.9, (0.5, 0.3, 0.1)),
+            ("nnUNetTrainerIMA", 0.88, (0.8, 0.7, 0.6)),
+        ):
+            attacked = dict(zip(levels, dice, strict=True))
+            noise = dict.fromkeys(levels, 0.85)
+            margins = MARGINS if "IMA" in title else None
+            folder = root / f"{title}_{norm}"
+            made.append(make_run(folder, clean=clean, attacked=attacked, noise=noise, title=title, norm=norm,
+                                 margins=margins, seed=len(title)))  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory) -> Path:
+    return write_report(runs, tmp_path_factory.mktemp("report") / "out")
+
+
+class Text(HTMLParser):
+    """What a reader sees, and whether every tag is closed."""
+
+    VOID = ("meta", "img", "input", "br", "circle", "line", "polyline", "polygon")
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.shown: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(content)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag in self.VOID or self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open):
+            self.shown.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.shown).split())
+
+
+# ---- what it says
+
+
+def test_a_reader_learns_who_is_more_robust_to_what_how_surely_and_at_which_price(page):
+    text = Text(page.read_text(encoding="utf-8")).text
+    for level in ("L2 15", "Linf 4/255"):
+        share = r"([\d.]+) % \(([\d.]+) to ([\d.]+)\)"
+        said = re.search(
+            rf"IMA is more robust than stock: at {level} under apgd:steps=4 it holds {share} Dice against {share}, "
+            rf"([\d.]+) points",
+            text,
+        )
+        assert said, text[:600]
+        ima, low, high, stock, _, _, more = map(float, said.groups())
+        assert low < ima < high
+        assert ima - stock == pytest.approx(more, abs=0.11)
+        assert ima == pytest.approx(60, abs=4)
+    assert re.search(r"It costs [\d.]+ points \([\d.]+ to [\d.]+\) of clean Dice", text)
+    parts = "Can the figures be trusted? | What the figures mean | Case by case | Size of the structure"
+    parts += " | Margins in training | Beside the published figures | By class | How to repeat this"
+    for wanted in parts.split(" | "):
+        assert wanted in text
+
+
+def test_the_page_needs_no_network_and_is_well_formed(page):
+    content = page.read_text(encoding="utf-8")
+    for tag, attributes in Text(content).tags:
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "#").startswith(("data:image/png;base64,", "#")), (tag, attributes)
+    assert "http://" not in content
+    assert "https://" not in content
+    assert "@import" not in content
+
+
+def test_every_table_number_is_that_of_the_runs(page, runs):
+    rows = [line for line in csv.reader(io.StringIO((page.parent / "tables.csv").read_text(encoding="utf-8"))) if line]
+    start = next(i for i, row in enumerate(rows) if row[0].startswith("TVDI under each attack"))
+    assert rows[start + 1] == ["model", "attack", "clean", "L2 5", "L2 10", "L2 15", "Avg"]
+    table = {(row[0], row[1]): row[2:] for row in rows[start + 2 : start + 6]}
+    for folder, title in zip(runs, ("stock", "IMA"), strict=False):
+        results = read_results(folder)
+        for attack in (NOISE, ATTACK):
+            keys = [("clean", "0"), *((attack, level) for level in ("5", "10", "15"))]
+            wanted = [100 * float((results.figures(key) or {})["tvdi"]) for key in keys]
+            shown = [float(cell.split()[0]) for cell in table[title, attack]]
+            assert shown == pytest.approx([*wanted, sum(wanted) / 4], abs=0.051)
+
+
+def test_the_best_of_each_column_is_bold_and_nothing_else(runs):
+    (setting, _) = settings_of([read_results(folder) for folder in runs])
+    table = robustness_table(setting)
+    for attack in (NOISE, ATTACK):
+        mine = [row for row in table.rows if row[1].text == attack]
+        for column in zip(*(row[2:] for row in mine), strict=True):
+            most = max(float(cell.text) for cell in column)
+            assert [cell.best for cell in column] == [float(cell.text) == most for cell in column]
+
+
+def test_models_that_do_not_differ_are_not_ranked(tmp_path):
+    one = make_run(tmp_path / "one", attacked={"5": 0.7}, seed=1, title="A")
+    other = make_run(tmp_path / "other", attacked={"5": 0.7}, seed=2, title="B")
+    (setting,) = settings_of([read_results(folder) for folder in (one, other)])
+    assert "no model is clearly more robust" in headline(setting)
+    assert "no difference can be told" in price(setting)
+
+
+def test_few_cases_are_said_to_be_few(tmp_path):
+    few = [make_run(tmp_path / t, attacked={"5": d}, title=t, cases=2) for t, d in (("A", 0.2), ("B", 0.8))]
+    text = Text(write_report(few, tmp_path / "out").read_text(encoding="utf-8")).text
+    assert "there are fewer than 6 cases" in text
+    assert "too narrow" in text
+    tiny = [make_run(tmp_path / t, attacked={"5": d}, title=t, cases=1, tiles=3) for t, d in (("C", 0.2), ("D", 0.8))]
+    assert "nobody can say whether that is chance" in write_report(tiny, tmp_path / "tiny").read_text(encoding="utf-8")
+
+
+def test_one_model_alone_and_other_samples(tmp_path):
+    alone = make_run(tmp_path / "alone", attacked={"5": 0.4})
+    assert "takes STD from" in write_report([alone], tmp_path / "one").read_text(encoding="utf-8")
+    other = make_run(tmp_path / "other", attacked={"5": 0.7}, cases=9, title="B")
+    page = write_report([alone, other], tmp_path / "two").read_text(encoding="utf-8")
+    assert "on other samples" in page
+    assert "Against STD" not in page
+
+
+def test_without_a_case_level_cases_are_made_of_their_samples(tmp_path):
+    run = make_run(tmp_path / "run", whole_cases=False)
+    text = Text(write_report([run], tmp_path / "out").read_text(encoding="utf-8")).text
+    assert "of the case's attacked samples together" in text
+
+
+def test_figures_that_failed_a_check_are_not_hidden_but_marked(tmp_path):
+    run = make_run(tmp_path / "run", attacked={"5": 0.9}, noise={"5": 0.2})
+    content = write_report([run], tmp_path / "out").read_text(encoding="utf-8")
+    warning = content[content.index('<aside class="warning"') : content.index("</aside>")]
+    assert "white noise is stronger" in warning
+    assert '<td class="failed">FAILED</td>' in content
+
+
+def test_published_figures_stand_with_their_protocol():
+    def rows(dataset: str, protocol: str, norm: str) -> list[Any]:
+        return published_for({"model": {"dataset": dataset}, "protocol": {"name": protocol, "norm": norm}})
+
+    paper = rows("Dataset002_Heart", "paper", "linf")
+    assert {row.method: row.levels["2/255"] for row in paper}["IMA"] == 71.58
+    assert all("Table 3" in row.source for row in paper)
+    sound = rows("Dataset002_Heart", "sound", "l2")
+    assert {row.method: row.levels["15"] for row in sound}["IMA"] == 69.34
+    assert all("PGD" in row.source for row in sound)
+    assert rows("Dataset002_Heart", "sound", "linf") == []
+    assert rows("Dataset042_Mine", "paper", "l2") == []
+
+
+@pytest.mark.skipif(not PAPERS.is_dir(), reason="the papers' tables are not there (../shared/papers)")
+@pytest.mark.parametrize(("ours", "theirs"), [("table3.csv", "table3.csv"), ("pgd100.csv", "pgd100_tables.csv")])
+def test_published_figures_are_quoted_correctly(ours, theirs):
+    package = Path(__file__).parents[1] / "evaluation" / "report"
+    assert (package / ours).read_text() == (PAPERS / theirs).read_text()
+
+
+# ---- tables for other programs
+
+texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=20)
+cells = st.builds(Cell, texts, st.floats(), st.booleans(), texts)
+
+
+tables_of = st.integers(1, 4).flatmap(
+    lambda n: st.tuples(
+        st.lists(texts, min_size=n, max_size=n), st.lists(st.lists(cells, min_size=n, max_size=n), max_size=4)
+    )
+)
+
+
+@given(tables_of)
+def test_tables_keep_their_shape_whatever_stands_in_them(content):
+    head, rows = content
+    table = Table("title", head, rows)
+    read = list(csv.reader(io.StringIO(as_csv(table))))
+    assert read[0] == head or head == [""]
+    lines = [line for line in as_markdown(table).split("\n") if line.startswith("| ")]
+    assert len(lines) == 2 + len(rows)
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == len(head) + 1 for line in lines)
+    body = as_latex(table).split("\\midrule")[1].split("\\bottomrule")[0]
+    assert body.count(r" \\") >= len(rows)
+    assert not re.search(r"(?<!\\)[#$%_]", body)
+
+
+@given(st.lists(st.floats(0.01, 1e6), min_size=1, max_size=20), st.booleans())
+def test_an_axis_holds_its_values_and_a_few_ticks(values, logarithmic):
+    axis = axis_around("", values, logarithmic)
+    for value in values:
+        assert -1e-9 <= axis.place(max(value, 1.0) if logarithmic else value) <= 1 + 1e-9
+    assert 2 <= len(axis.ticks) <= 22
+    assert all(-1e-9 <= axis.place(tick) <= 1 + 1e-9 for tick in axis.ticks)
+
+
+# ---- bad input
+
+NASTY = "<script>alert(1)</script>&\"'"
+
+
+def test_a_name_that_is_html_is_shown_and_not_run(tmp_path):
+    run = make_run(
+        tmp_path / "run",
+        # A name is a file's name, so it has no slash.
+        case_name="<img src=x onerror=alert(1)>&{:03d}",
+        title="</style><script>alert(2)</script>",
+        classes=("<b>bold</b>", "{{ 7 * 7 }}"),
+    )
+    content = write_report([run], tmp_path / "out", [NASTY], note=NASTY).read_text(encoding="utf-8")
+    parsed = Text(content)
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 1
+    assert sum(tag == "b" for tag, attributes in parsed.tags) < 30
+    assert not any("onerror" in attributes for _, attributes in parsed.tags)
+    assert "<img src=x onerror=alert(1)>&001" in parsed.text
+    assert "{{ 7 * 7 }}" in parsed.text
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main(["report", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+    return error
+
+
+def test_what_cannot_be_reported_is_said(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "summary.json is missing" in refused(capsys, tmp_path / "nothing", "-o", out)
+    assert "one name for each run" in refused(capsys, runs[0], runs[1], "--names", "A", "-o", out)
+    assert "both called" in refused(capsys, runs[0], runs[0], "-o", out)
+    assert "both called A" in refused(capsys, runs[0], runs[1], "--names", "A", "A", "-o", out)
+    (tmp_path / "file").write_text("mine")
+    assert "file" in refused(capsys, runs[0], "-o", tmp_path / "file")
+    assert not out.exists()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_models_of_one_trainer_are_told_apart(tmp_path):
+    same = [make_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    with pytest.raises(UserError, match="tell them apart with --names"):
+        write_report(same, tmp_path / "out")
+    assert write_report(same, tmp_path / "out", ["first", "second"]).is_file()
+
+
+def test_a_path_with_spaces_and_umlauts(runs, tmp_path):
+    odd = tmp_path / "Prüfung der Geräte" / "Läufe 1"
+    shutil.copytree(runs[0], odd)
+    assert write_report([odd], tmp_path / "Bericht für Anne").is_file()
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("there is no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def tab(browser, page) -> Iterator[Any]:
+    """The page, opened; at the end nothing may have been complained about or asked of the network."""
+    opened = browser.new_page(viewport={"width": 1200, "height": 900})
+    complaints: list[str] = []
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    asked: list[str] = []
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(page.as_uri())
+    yield opened
+    assert complaints == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    opened.close()
+
+
+def test_it_opens_and_everything_is_visible(tab):
+    assert tab.title() == "Robustness report"
+    for image in tab.locator("img").all():
+        assert image.evaluate("image => image.naturalWidth") > 50
+    for drawing in tab.locator("svg.chart").all():
+        assert drawing.bounding_box()["height"] > 100
+    # Nothing sticks out to the side but what scrolls by itself.
+    assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    tab.set_viewport_size({"width": 380, "height": 800})
+    assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def test_the_slider_uncovers_the_perturbed_image(tab):
+    slider = tab.locator(".slider").first
+    after = slider.locator("img.after")
+
+    def cut() -> float:
+        return float(re.search(r"([\d.]+)%", after.evaluate("image => getComputedStyle(image).clipPath")).group(1))
+
+    assert cut() == 50
+    for value in (0, 100, 25):
+        slider.locator("input").fill(str(value))
+        assert cut() == pytest.approx(value, abs=0.1) or (value == 0 and cut() < 1)
+    slider.locator("input").focus()
+    tab.keyboard.press("ArrowRight")
+    assert cut() == pytest.approx(26, abs=0.1)
+
+
+def test_tables_sort_by_number_and_by_name(tab):
+    tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    tables = tab.locator("table.sortable")
+    assert tables.count() > 5
+    for number in range(tables.count()):
+        table = tables.nth(number)
+        heads = table.locator("thead button")
+        before = sorted(table.locator("tbody tr").all_inner_texts())
+        for column in range(heads.count()):
+            for direction in ("descending", "ascending"):
+                heads.nth(column).click()
+                assert table.locator("th").nth(column).get_attribute("aria-sort") == direction
+                numbers = [
+                    float(value)
+                    for value in table.locator(f"tbody td:nth-child({column + 1})").evaluate_all(
+                        "cells => cells.map(cell => cell.dataset.number ?? NaN)"
+                    )
+                ]
+                known = [value for value in numbers if not np.isnan(value)]
+                assert known == sorted(known, reverse=direction == "descending")
+                # What has no number stands together at one end.
+                assert np.isnan(numbers[len(known) :]).all() or np.isnan(numbers[: len(numbers) - len(known)]).all()
+        assert sorted(table.locator("tbody tr").all_inner_texts()) == before
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_light_and_dark(tab, scheme):
+    tab.emulate_media(color_scheme=scheme)
+
+    def brightness(selector: str, of: str) -> float:
+        colour = tab.locator(selector).first.evaluate(f"element => getComputedStyle(element).{of}")
+        values = [float(value) for value in re.findall(r"[\d.]+", colour)]
+        if len(values) == 4 and values[3] == 0:  # see-through: what the browser paints behind everything
+            return 255.0 if scheme == "light" else 18.0
+        return sum(values[:3]) / 3
+
+    paper = brightness("body", "backgroundColor")
+    for selector, of in (("h1", "color"), (".note", "color"), ("td", "color"), (".chart text", "fill")):
+        assert abs(brightness(selector, of) - paper) > 90, selector
+
+
+def test_it_prints(tab, tmp_path):
+    tab.pdf(path=str(tmp_path / "report.pdf"))
+    assert (tmp_path / "report.pdf").stat().st_size > 20_000
