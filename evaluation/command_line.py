@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_report(commands.add_parser("report", help="compare evaluated models on one page, and in tables"))
     _add_gate(commands.add_parser("gate", help="does a model still hold? exit 0 if so, 1 if not, 2 if nobody can tell"))
+    _add_subset(commands.add_parser("subset", help="make a small copy of a Decathlon task, for CI"))
     _add_select(commands.add_parser("select", help="choose the most robust snapshot that keeps clean Dice"))
     _add_grid(commands.add_parser("grid", help="search over epsilon and delta_epsilon"))
     _add_configure(commands.add_parser("configure", help="show a training's settings, or write a new configuration"))
@@ -100,6 +101,8 @@ def _add_configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-tr", "--trainer", default="nnUNetTrainerIMA", help="default nnUNetTrainerIMA")
     parser.add_argument("-p", "--plans", default="nnUNetPlans", help="default nnUNetPlans")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the new configuration")
+    parser.add_argument("--features", type=_positive, help="of the first stage of a smaller network, for a CPU or CI")
+    parser.add_argument("--batch-size", type=_positive, help="of the new configuration; default: as planned")
     parser.add_argument("--name", help="of the new configuration; default: CONFIGURATION_ima")
     parser.set_defaults(run=_configure)
 
@@ -201,6 +204,26 @@ def _gate(options: argparse.Namespace) -> int:
     return int(gate.overall(judgements))
 
 
+def _add_subset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", type=Path, help="a task folder of the Decathlon")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the new folder, such as ./Task04_Tiny")
+    parser.add_argument("--cases", type=_positive, default=20, help="default 20")
+    parser.add_argument("--crop", type=int, metavar="MARGIN", help="to the foreground and so many voxels around it")
+    parser.add_argument("--shrink", type=_positive, default=1, help="enlarge voxels in the plane so many times")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of cases; default 0")
+    parser.set_defaults(run=_subset)
+
+
+def _subset(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.subset import Subset, make_subset
+
+    if options.crop is not None and options.crop < 0:
+        raise UserError(f"--crop is {options.crop}; it must be at least 0 voxels.")
+    kept = Subset(options.cases, options.seed, options.crop, options.shrink)
+    print(f"Written to {make_subset(options.task, options.output, kept)}")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from nnunet_ima.evaluation.report import write_report
 
@@ -278,9 +301,11 @@ def _configure(options: argparse.Namespace) -> int:
 
     planned = find_planned(options.dataset, options.plans)
     shown, settings, fold = options.configuration, parse_settings(options.set), read_fold(options.fold)
-    if settings or options.name:
+    if settings or options.name or options.features or options.batch_size:
         shown = options.name or f"{options.configuration}_ima"
-        planned = add_configuration(planned, options.configuration, shown, settings)
+        planned = add_configuration(
+            planned, options.configuration, shown, settings, options.features, options.batch_size
+        )
     configured, explanation = in_force(planned, shown, options.trainer, fold)
     if shown != options.configuration:
         # Last of all: what cannot be used shall not stand in the user's plans.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import nnunet_folder, our_trainers_too
@@ -76,16 +78,32 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def add_configuration(planned: PlannedDataset, parent: str, name: str, settings: Mapping[str, Any]) -> PlannedDataset:
+def add_configuration(
+    planned: PlannedDataset,
+    parent: str,
+    name: str,
+    settings: Mapping[str, Any],
+    features: int | None = None,
+    batch_size: int | None = None,
+) -> PlannedDataset:
     """The plans with a configuration more, which inherits from ``parent`` and holds ``settings`` on top of its own.
 
     Nothing is written yet.
+
+    Args:
+        features: of the network's first stage, for a smaller network: they double with each stage, up to what the
+            parent has there.
+        batch_size: of the training.
 
     Raises:
         UserError: the parent is missing, a setting is not allowed, or the name is no name or another configuration's.
     """
     check_name(name)
-    entry = {"inherits_from": parent, KEY: validate({**settings_of(planned, parent), **settings}, "--set")}
+    entry = {
+        "inherits_from": parent,
+        **_smaller(planned, parent, features, batch_size),
+        KEY: validate({**settings_of(planned, parent), **settings}, "--set"),
+    }
     there = planned.configurations.get(name)
     if there is not None and there != entry:
         raise UserError(
@@ -94,6 +112,24 @@ def add_configuration(planned: PlannedDataset, parent: str, name: str, settings:
         )
     plans = {**planned.plans, "configurations": {**planned.configurations, name: entry}}
     return PlannedDataset(planned.folder, planned.plans_file, plans)
+
+
+def _smaller(planned: PlannedDataset, parent: str, features: int | None, batch_size: int | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+    if features is None:
+        return entry
+    try:
+        resolved = PlansManager(planned.plans).get_configuration(parent).configuration
+        architecture = copy.deepcopy(resolved["architecture"])
+        arguments = architecture["arch_kwargs"]
+        planned_features = [int(number) for number in arguments["features_per_stage"]]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{planned.plans_file} does not say how many features the stages of {parent!r} have, so --features cannot "
+            f"be used with it."
+        ) from error
+    arguments["features_per_stage"] = [min(features * 2**i, most) for i, most in enumerate(planned_features)]
+    return {**entry, "architecture": architecture}
 
 
 def write_plans(planned: PlannedDataset) -> None:

