@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.identity import read_sealed, sealed
 from nnunet_ima.evaluation.metrics import Array
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results, read_results
-from nnunet_ima.evaluation.summary import SEAL, seal_of
 from nnunet_ima.files import write_text
 
 SCHEMA = "nnunet_ima/baseline/1"
@@ -37,7 +36,7 @@ def baseline_of(results: Results) -> Baseline:
     """Of a finished run."""
     table = results.samples[UNTOUCHED]
     samples = list(zip(table.cases.tolist(), table.tiles.tolist(), strict=True))
-    names = ("model", "protocol", "criterion", "classes", "seed", "trusted", "versions")
+    names = ("model", "protocol", "criterion", "classes", "patch_size", "seed", "versions")
     about = {name: results.summary[name] for name in names}
     keys = [UNTOUCHED, *((item["attack"], item["level"]) for item in results.attacked)]
     return Baseline(about, samples, {key: results.samples[key].counts for key in keys})
@@ -55,7 +54,7 @@ def write_baseline(baseline: Baseline, file: Path) -> None:
         ],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({**content, SEAL: seal_of(content)}) + "\n")
+    write_text(file, json.dumps(sealed(content)) + "\n")
 
 
 def read_baseline(path: Path) -> Baseline:
@@ -66,18 +65,7 @@ def read_baseline(path: Path) -> Baseline:
     """
     if path.is_dir():
         return baseline_of(read_results(path))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"The baseline {path} is missing; make it of a run with nnunet_ima gate RUN --write-baseline {path}."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The baseline {path} is damaged ({error}); make it again.") from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        found = content.get("schema") if isinstance(content, dict) else None
-        raise UserError(f"The baseline {path} is of another version ({found!r}, here {SCHEMA!r}); make it again.")
-    if content.get(SEAL) != seal_of(content):
-        raise UserError(f"The baseline {path} was changed after it was written; restore it, or make it again.")
+    advice = f"make it of a run with nnunet_ima gate RUN --write-baseline {path}"
+    content = read_sealed(path, SCHEMA, advice)
     counts = {(item["attack"], item["level"]): np.array(item["counts"], float) for item in content["conditions"]}
     return Baseline(content["about"], [(case, tile) for case, tile in content["samples"]], counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,10 +41,7 @@ class CaseLevel:
 
     def score(self, case: Case, image: Tensor) -> CaseScore:
         """Score the prediction for ``image`` (C, Z, Y, X), padded as ``case.image``."""
-        reference, spacing = self._reference(case)
-        return score_case(
-            self._predict(case, image), reference, self._model.foreground, self._model.labels.ignore_label, spacing
-        )
+        return self.score_segmentation(case, self._predict(case, image))
 
     def merge(self, case: Case, tiles: Sequence[tuple[Place, Tensor]]) -> Tensor:
         """Put perturbed tiles (C, *patch) into one volume (C, Z, Y, X).
@@ -62,6 +60,25 @@ class CaseLevel:
             self._cases.put_patch(total, place, difference * weight)
             self._cases.put_patch(weights, place, weight[None])
         return case.image + torch.where(weights > 0, total / weights.clamp_min(1e-12), torch.zeros_like(total))
+
+    def predict_scan(self, image: np.ndarray[Any, Any], properties: dict[str, Any]) -> Segmentation:
+        """What ``nnUNetv2_predict`` makes of a raw scan (C, Z, Y, X), preprocessing included."""
+        model = self._model
+        with contextlib.redirect_stdout(io.StringIO()):
+            preprocessor = model.configuration.preprocessor_class(verbose=False)
+            data, _, found = preprocessor.run_case_npy(
+                image, None, dict(properties), model.plans, model.configuration, model.dataset_json
+            )
+            logits = self._predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(data)))
+            segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits.cpu(), model.plans, model.configuration, model.label_manager, found
+            )
+        return np.asarray(segmentation)
+
+    def score_segmentation(self, case: Case, segmentation: Segmentation) -> CaseScore:
+        """Score a segmentation (Z, Y, X) in the original geometry."""
+        reference, spacing = self._reference(case)
+        return score_case(segmentation, reference, self._model.foreground, self._model.labels.ignore_label, spacing)
 
     def _predict(self, case: Case, image: Tensor) -> Segmentation:
         model = self._model

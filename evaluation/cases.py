@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,6 +79,8 @@ class ValidationCases:
         self._dataset_class = infer_dataset_class(str(self.folder))
         self.names = self._validation_names()
         self._last: Case | None = None
+        self.fingerprints: dict[str, int] = {}
+        """Of the cases that were read so far: a number that changes with image or target."""
 
     def load(self, name: str) -> Case:
         """One case; the last one is kept.
@@ -161,6 +164,7 @@ class ValidationCases:
         transformed = self._transforms(image=torch.from_numpy(image), segmentation=torch.from_numpy(segmentation))
         full, target = transformed["image"].float(), transformed["segmentation"]
         patch = model.configuration.patch_size
+        self.fingerprints[name] = zlib.crc32(target.numpy().tobytes(), zlib.crc32(full.numpy().tobytes()))
         padded, unpad = pad_nd_image(full, patch, "constant", {"value": 0}, True)
         fixed = pad_nd_image(torch.zeros_like(full), patch, "constant", {"value": 1}).bool()
         fixed[channels:] = True

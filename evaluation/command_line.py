@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nnunet_ima import __version__
-from nnunet_ima.errors import UserError
+from nnunet_ima.errors import UserError, is_out_of_memory
 from nnunet_ima.evaluation.environment import trainers_folder
 from nnunet_ima.lp import NORMS
 
@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         print(f"nnunet_ima: {_sentence(error)}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print(
-            "nnunet_ima: The GPU's memory is not enough; close what else uses it, or use -device cpu.", file=sys.stderr
-        )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print("nnunet_ima: The memory is not enough; close what else uses it, or use -device cpu.", file=sys.stderr)
     return 2
 
 
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_evaluate(commands.add_parser("evaluate", help="attack a trained model on its validation cases"))
 
+    _add_attack(commands.add_parser("attack", help="write perturbed scans as files, for any other tool"))
     _add_report(commands.add_parser("report", help="compare evaluated models on one page, and in tables"))
     _add_gate(commands.add_parser("gate", help="does a model still hold? exit 0 if so, 1 if not, 2 if nobody can tell"))
     _add_subset(commands.add_parser("subset", help="make a small copy of a Decathlon task, for CI"))
@@ -158,6 +159,37 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_evaluate)
 
 
+def _add_attack(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "nnUNetTrainer")
+    parser.add_argument("-f", "--fold", default="0", help="whose validation cases are attacked; default 0")
+    parser.add_argument("--attack", default="apgd", help="as for nnunet_ima evaluate; default apgd")
+    parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
+    parser.add_argument("--level", required=True, help="such as 5, or 2/255 for linf")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="default: all of the fold")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
+    parser.set_defaults(run=_attack)
+
+
+def _attack(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.attack_scans import attack_scans, table
+    from nnunet_ima.evaluation.environment import choose_device
+    from nnunet_ima.evaluation.evaluate import choose_model, read_fold
+    from nnunet_ima.evaluation.models import load_model
+
+    device = choose_device(options.device)
+    folder = choose_model(options.model, options.dataset, options.configuration, options.trainer, options.plans)
+    model = load_model(folder, read_fold(options.fold), options.checkpoint, device)
+    command = shlex.join(["nnunet_ima", *sys.argv[1:]])
+    found = attack_scans(
+        model, options.attack, options.norm, options.level, options.cases, options.output, device, options.seed, command
+    )
+    print(table(found))
+    print(f"Written to {options.output}; nnUNetv2_predict -i {options.output / 'images'} ... predicts the images")
+    return 0
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of nnunet_ima evaluate")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the models, one for each run")
@@ -178,6 +210,19 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 
 
 def _gate(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation import gate
+
+    try:
+        return _judge(options)
+    except UserError as error:
+        if options.output:
+            # What an earlier gate left there must not look like this one's answer.
+            unknown = gate.Judgement("the gate could be judged", "", "", gate.Verdict.UNKNOWN, str(error))
+            gate.write_gate(options.output, str(options.run_folder), [unknown])
+        raise
+
+
+def _judge(options: argparse.Namespace) -> int:
     from nnunet_ima.evaluation import baseline as kept
     from nnunet_ima.evaluation import gate
     from nnunet_ima.evaluation.results import read_results
@@ -194,14 +239,14 @@ def _gate(options: argparse.Namespace) -> int:
     judgements += [gate.judge_minimum(results, minimum) for minimum in minima]
     if options.output:
         gate.write_gate(options.output, results.title, judgements)
-    if options.baseline or minima:
-        print(gate.markdown(results.title, judgements))
-    if options.write_baseline:
+    verdict = gate.overall(judgements)
+    print(gate.markdown(results.title, judgements))
+    if options.write_baseline and verdict is gate.Verdict.MET:
         kept.write_baseline(kept.baseline_of(results), options.write_baseline)
         print(f"Written to {options.write_baseline}")
-        if not (options.baseline or minima):
-            return 0
-    return int(gate.overall(judgements))
+    elif options.write_baseline:
+        print(f"{options.write_baseline} was not written: only a run that meets its rules makes a baseline.")
+    return int(verdict)
 
 
 def _add_subset(parser: argparse.ArgumentParser) -> None:

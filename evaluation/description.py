@@ -60,6 +60,7 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
         },
         "classes": [_name_of(region, model.dataset_json) for region in model.foreground],
         "labels": [_key(region) for region in model.foreground],
+        "patch_size": [int(size) for size in model.configuration.patch_size],
         "seed": evaluation.seed,
         "max_samples": evaluation.max_samples,
         # Of a stock model, only the splits file beside the preprocessed data tells; it is taken at its word.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nnunet_ima.files import atomic_path
+from nnunet_ima.evaluation.checked_file import read_checked, write_checked
 
 Picture = np.ndarray[tuple[int, ...], np.dtype[Any]]
 _ARRAYS = ("image", "perturbed", "target", "before", "after")
@@ -60,15 +60,16 @@ def make_example(
 def save_example(example: Example, file: Path) -> None:
     """Write it, whole or not at all."""
     arrays = {name: getattr(example, name) for name in _ARRAYS}
-    with atomic_path(file) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, dice=np.array([example.dice_before, example.dice_after]), **arrays)
+    stream = io.BytesIO()
+    np.savez_compressed(stream, dice=np.array([example.dice_before, example.dice_after]), **arrays)
+    write_checked(file, stream.getvalue())
 
 
 def load_example(file: Path, case: str, tile: int) -> Example | None:
     """None if it is not there, or damaged."""
-    try:
-        with np.load(file, allow_pickle=False) as content:
-            before, after = content["dice"].tolist()
-            return Example(case, tile, before, after, *(content[name] for name in _ARRAYS))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    stored = read_checked(file)
+    if stored is None:
         return None
+    with np.load(io.BytesIO(stored), allow_pickle=False) as content:
+        before, after = content["dice"].tolist()
+        return Example(case, tile, before, after, *(content[name] for name in _ARRAYS))

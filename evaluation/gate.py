@@ -16,7 +16,7 @@ import numpy as np
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.baseline import Baseline, baseline_of
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
-from nnunet_ima.evaluation.statistics import Interval, tvdi_difference, tvdi_interval, units
+from nnunet_ima.evaluation.statistics import FEWEST, Interval, tvdi_difference, tvdi_interval, units
 from nnunet_ima.files import write_text
 
 _RULE = re.compile(
@@ -85,7 +85,13 @@ def parse_minimum(text: str) -> Minimum:
 def judge_minimum(results: Results, minimum: Minimum) -> Judgement:
     """Met if the whole interval is above the limit, broken if it is below."""
     key = _find(results, minimum)
-    interval = tvdi_interval(units(results.samples[key].cases, results.samples[key].counts)[1])
+    if key is None:
+        norm = results.summary["protocol"]["norm"]
+        known = ", ".join(f"{item['attack']}@{norm}:{item['level']}" for item in results.attacked)
+        why = f"the run has no such attack and level; it has {known}."
+        return Judgement(minimum.text, f"{100 * minimum.limit:.1f} wanted", "not run", Verdict.UNKNOWN, why)
+    unit, counts = units(results.samples[key].cases, results.samples[key].counts)
+    interval = tvdi_interval(counts)
     now = _share(interval)
     if not interval.known:
         verdict, why = Verdict.UNKNOWN, "too few samples for an interval"
@@ -95,7 +101,7 @@ def judge_minimum(results: Results, minimum: Minimum) -> Judgement:
         verdict, why = Verdict.BROKEN, "the whole interval is below the limit"
     else:
         verdict, why = Verdict.UNKNOWN, "the limit lies within the interval: more samples would tell"
-    return Judgement(minimum.text, f"{100 * minimum.limit:.1f} wanted", now, verdict, f"{why}.")
+    return Judgement(minimum.text, f"{100 * minimum.limit:.1f} wanted", now, verdict, f"{why}.{_caveat(unit)}")
 
 
 def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterator[Judgement]:
@@ -107,36 +113,56 @@ def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterato
         UserError: the baseline is of other data, another protocol or norm.
     """
     _refuse_incomparable(results, baseline)
-    ours = baseline_of(results)
-    paired = ours.samples == baseline.samples
+    ours, norm = baseline_of(results), results.summary["protocol"]["norm"]
+    paired = ours.samples == baseline.samples and np.array_equal(_sizes(ours), _sizes(baseline))
     cases, theirs = ([case for case, _ in which] for which in (ours.samples, baseline.samples))
     for key, before in baseline.counts.items():
-        name = "clean" if key == UNTOUCHED else f"{key[0]}@{results.summary['protocol']['norm']}:{key[1]}"
+        name = "clean" if key == UNTOUCHED else f"{key[0]}@{norm}:{key[1]}"
         rule = f"{name}: no more than {max_drop:g} points below the baseline"
-        old = tvdi_interval(units(theirs, before)[1])
-        if key not in ours.counts:
+        unit, old_counts = units(theirs, before)
+        old = tvdi_interval(old_counts)
+        there = next((own for own in ours.counts if own[0] == key[0] and _same(own[1], key[1])), None)
+        if there is None:
             sentence = "the run has no such attack and level; evaluate as the baseline was."
             yield Judgement(rule, _share(old), "not run", Verdict.UNKNOWN, sentence)
             continue
-        after = ours.counts[key]
-        new = tvdi_interval(units(cases, after)[1])
+        after = ours.counts[there]
+        new_counts = units(cases, after)[1]
+        new = tvdi_interval(new_counts)
         if paired and np.array_equal(after, before):
             yield Judgement(rule, _share(old), _share(new), Verdict.MET, "nothing changed.")
             continue
-        if paired:
-            change = tvdi_difference(units(cases, after)[1], units(cases, before)[1]).interval
-        else:
-            change = _unpaired(new, old)
+        change = tvdi_difference(new_counts, old_counts).interval if paired else _unpaired(new, old)
         verdict, why = _judge_change(change, max_drop / 100, paired)
-        yield Judgement(rule, _share(old), _share(new), verdict, why)
+        yield Judgement(rule, _share(old), _share(new), verdict, why + _caveat(unit))
+
+
+def _sizes(baseline: Baseline) -> np.ndarray[Any, Any]:
+    """Voxels of each sample's reference, by class: other labels are other samples."""
+    counts = baseline.counts[UNTOUCHED]
+    sizes: np.ndarray[Any, Any] = counts[:, :, 0] + counts[:, :, 2]
+    return sizes
+
+
+def _caveat(unit: str) -> str:
+    if unit == "cases":
+        return ""
+    return (
+        f" (Interval over samples, as there are fewer than {FEWEST} cases; samples of one case resemble each other, so "
+        f"it is too narrow.)"
+    )
 
 
 def judge_trust(results: Results) -> Judgement:
     """Figures that a check of the evaluation failed say nothing."""
-    failed = [str(item["sentence"]) for item in results.summary["trust"] if not item["passed"]]
-    verdict = Verdict.UNKNOWN if failed else Verdict.MET
-    sentence = "; ".join(failed) if failed else "all checks of the evaluation passed"
-    return Judgement("the figures can be trusted", "", "", verdict, f"{sentence}.")
+    reasons = [str(item["sentence"]) for item in results.summary["trust"] if not item["passed"]]
+    if results.summary["trained_on_these_cases"]:
+        reasons.append("the model learned from some of these very cases")
+    good = "all checks of the evaluation passed"
+    if results.summary["started_from_unknown_weights"]:
+        good += "; the training started from other weights, and whether those learned from these cases is not known"
+    verdict = Verdict.UNKNOWN if reasons else Verdict.MET
+    return Judgement("the figures can be trusted", "", "", verdict, f"{'; '.join(reasons) or good}.")
 
 
 def overall(judgements: Sequence[Judgement]) -> Verdict:
@@ -201,18 +227,14 @@ def _unpaired(new: Interval, old: Interval) -> Interval:
     return Interval(value, float(value - low), float(value + high))
 
 
-def _find(results: Results, minimum: Minimum) -> Key:
+def _find(results: Results, minimum: Minimum) -> Key | None:
     """The condition that a rule is about; levels are compared as numbers."""
     if minimum.key == UNTOUCHED:
         return UNTOUCHED
-    norm = results.summary["protocol"]["norm"]
-    attack, level = minimum.key
+    if results.summary["protocol"]["norm"] != minimum.norm:
+        return None
     there = [(item["attack"], item["level"]) for item in results.attacked]
-    for key in there:
-        if norm == minimum.norm and key[0] == attack and _same(key[1], level):
-            return key
-    known = ", ".join(f"{key[0]}@{norm}:{key[1]}" for key in there)
-    raise UserError(f"The rule {minimum.text!r} is about something that {results.folder} has not; it has {known}.")
+    return next((key for key in there if key[0] == minimum.key[0] and _same(key[1], minimum.key[1])), None)
 
 
 def _same(one: str, other: str) -> bool:
@@ -230,6 +252,7 @@ def _refuse_incomparable(results: Results, baseline: Baseline) -> None:
             "protocol": protocol["name"],
             "norm": protocol["norm"],
             "classes": about["classes"],
+            "patch": about["patch_size"],
         }
 
     ours, theirs = way(results.summary), way(baseline.about)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.files import write_text
 
 FILE = "run.json"
 SCHEMA = "nnunet_ima/run/1"
+SEAL = "seal"
 # More would not be read.
 SHOWN = 4
 
@@ -24,34 +25,76 @@ def write_identity(folder: Path, identity: Mapping[str, Any], head: Mapping[str,
         UserError: the folder holds another run, or results without one; the differences are named.
     """
     file = folder / FILE
-    if file.is_file():
-        refuse_different(read_run(folder)["identity"], identity, folder)
-        return
-    if (folder / "summary.json").is_file():
-        raise UserError(
-            f"{folder} holds results of another version, which cannot be continued; move them away or choose another "
-            f"folder with -o."
-        )
-    write_text(file, json.dumps({"schema": SCHEMA, "identity": identity, "head": head}, indent=2) + "\n")
+    if not file.exists():
+        if (folder / "summary.json").exists() or (folder / "records").exists():
+            raise UserError(
+                f"{folder} holds results of another version, or without their {FILE}, which cannot be continued; move "
+                f"them away or choose another folder with -o."
+            )
+        content = {"schema": SCHEMA, "identity": identity, "head": head}
+        _create(file, json.dumps(sealed(content), indent=2) + "\n")
+    # Also what was just written: another part may have been faster.
+    refuse_different(read_run(folder)["identity"], identity, folder)
+
+
+def _create(file: Path, text: str) -> None:
+    """Write a file that is not there yet; if another process was faster, its file stays."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json says.
 
     Raises:
-        UserError: it is missing, damaged, or of another version.
+        UserError: it is missing, damaged, changed, or of another version.
     """
     file = folder / FILE
+    if not file.is_file():
+        raise UserError(f"{folder} holds no run of nnunet_ima evaluate: {FILE} is missing.")
+    return read_sealed(file, SCHEMA, "start the evaluation again in another folder")
+
+
+def read_sealed(file: Path, schema: str, advice: str) -> dict[str, Any]:
+    """A JSON file that :func:`sealed` closed.
+
+    Raises:
+        UserError: it is missing, damaged, of another version, or was changed after it was written.
+    """
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no run of nnunet_ima evaluate: {FILE} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is damaged ({error}); start the evaluation again in another folder.") from error
-    if not isinstance(run, dict) or run.get("schema") != SCHEMA or not {"identity", "head"} <= run.keys():
-        found = run.get("schema") if isinstance(run, dict) else None
-        raise UserError(f"{file} is of another version ({found!r}, here {SCHEMA!r}); evaluate again with this one.")
-    return run
+        content = json.loads(file.read_text(encoding="utf-8"))
+        wrong = not isinstance(content, dict) or content.get("schema") != schema
+        changed = wrong or content.get(SEAL) != seal_of(content)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file} is missing; {advice}.") from None
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or numbers and nesting beyond all measure
+        raise UserError(f"{file} is damaged ({error}); {advice}.") from error
+    if wrong:
+        found = content.get("schema") if isinstance(content, dict) else None
+        raise UserError(f"{file} is of another version ({found!r}, here {schema!r}); {advice}.")
+    if changed:
+        raise UserError(f"{file} was changed after it was written; {advice}.")
+    return dict(content)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """With a number that changes with the content, so that what was edited does not pass for what was measured."""
+    plain = json.loads(json.dumps(content))
+    return {**plain, SEAL: seal_of(plain)}
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    """That number."""
+    return digest({key: value for key, value in content.items() if key != SEAL})
 
 
 def refuse_different(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

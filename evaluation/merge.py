@@ -10,7 +10,7 @@ from typing import Any
 from nnunet_ima.attacks import Finding
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.examples import Example
-from nnunet_ima.evaluation.identity import read_run, refuse_different, write_identity
+from nnunet_ima.evaluation.identity import digest, read_run, refuse_different, write_identity
 from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, Outcome, lost_most
 from nnunet_ima.evaluation.pictures import draw_dice_against_level, draw_worst
 from nnunet_ima.evaluation.protocols import parse_level
@@ -32,14 +32,15 @@ def gather(folders: Sequence[Path], output: Path) -> None:
         if not part_folders(folder):
             raise UserError(f"{folder} holds no records; give the folders in which the parts were run.")
     output.mkdir(parents=True, exist_ok=True)
-    for number, folder in enumerate(folders):
+    for folder in folders:
         run = read_run(folder)
         write_identity(output, run["identity"], run["head"])
         if folder.resolve() == output.resolve():
             continue
         for part in part_folders(folder):
-            # Several machines may each have run the only part of one, with other cases done.
-            target = output / RECORDS / f"{part.name}_from_{number}"
+            # Several machines may each have run a part of that number; fetched again, it takes its former place.
+            name = Records(part, conditions_of(run["identity"]), digest(run["identity"])).name
+            target = output / RECORDS / f"{part.name}_{name}"
             temporary = target.with_name(f".{target.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(part, temporary, ignore=shutil.ignore_patterns("lock", ".*.tmp", "tiles"))
@@ -58,7 +59,7 @@ def merge(folder: Path) -> dict[str, Any]:
     """
     run = read_run(folder)
     conditions = conditions_of(run["identity"])
-    parts = [Records(part, conditions) for part in part_folders(folder)]
+    parts = [Records(part, conditions, digest(run["identity"])) for part in part_folders(folder)]
     _refuse_incomplete(folder, run["identity"], conditions, parts)
     outcomes = [_join(condition, parts) for condition in conditions]
     if not outcomes[0].samples:
@@ -113,8 +114,10 @@ def _refuse_incomplete(
 
 
 def _join(condition: Condition, parts: Sequence[Records]) -> Outcome:
-    scores = {key: score for part in parts for key, score in part.samples[condition].items()}
-    cases = {name: score for part in parts for name, score in part.cases[condition].items()}
+    planned = {(case, tile) for part in parts for case, tiles in part.planned.items() for tile in tiles}
+    complete = {case for part in parts for case in part.complete_cases}
+    scores = {key: score for part in parts for key, score in part.samples[condition].items() if key in planned}
+    cases = {name: score for part in parts for name, score in part.cases[condition].items() if name in complete}
     samples = [scores[key] for key in sorted(scores)]
     worst = worst_examples(condition, parts) if condition.level else []
     return Outcome(condition.attack, condition.level, samples, dict(sorted(cases.items())), worst)

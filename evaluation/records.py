@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from nnunet_ima.attacks import Finding
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.checked_file import read_checked, write_checked
 from nnunet_ima.evaluation.examples import Example, load_example, save_example
 from nnunet_ima.evaluation.journal import Journal, Record
 from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.outcomes import Condition, SampleKey, SampleScore, lost_most
-from nnunet_ima.files import atomic_path, remove_leftovers
+from nnunet_ima.files import remove_leftovers
 
 RECORDS = "records"
 
@@ -40,21 +43,30 @@ class Records:
     Args:
         folder: of the part; it need not exist to be read.
         conditions: of the evaluation, in its order; records of others are ignored.
+        run: a digest of the identity of the run that the records belong to.
+
+    Raises:
+        UserError: the folder holds records of another run.
     """
 
-    def __init__(self, folder: Path, conditions: Sequence[Condition]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, conditions: Sequence[Condition], run: str) -> None:
+        self.folder, self.run = folder, run
+        # So that copies of parts can be told apart.
+        self.name: str | None = None
         self._journal = Journal(folder / "journal.jsonl")
         self._number = {condition: number for number, condition in enumerate(conditions)}
         self.samples: dict[Condition, dict[SampleKey, SampleScore]] = {condition: {} for condition in conditions}
         self.cases: dict[Condition, dict[str, CaseScore]] = {condition: {} for condition in conditions}
         self.planned: dict[str, list[int]] = {}
+        self.fingerprints: dict[str, int] = {}
         self.complete_cases: set[str] = set()
         self.findings: list[Finding] | None = None
         self.smallest_chunk: int | None = None
         known = {_name_of(condition): condition for condition in conditions}
         for record in self._journal.read():
             self._take(record, known)
+        if self.name is None and self.samples and any(self.samples.values()):
+            raise UserError(f"{folder} does not say which run its records belong to; move it away.")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -74,17 +86,32 @@ class Records:
         try:
             for place in [self.folder, *self.folder.glob("tiles/*/*"), *self.folder.glob("examples/*")]:
                 remove_leftovers(place)
+            if self.name is None:
+                self._add({"kind": "run", "run": self.run, "name": uuid.uuid4().hex[:12]})
             yield
         finally:
             lock.release()
 
-    def plan(self, samples: Mapping[str, Sequence[int]], complete_cases: Sequence[str]) -> None:
-        """Note which tiles of which cases this part is to do, and which cases it does completely."""
+    def plan(
+        self, samples: Mapping[str, Sequence[int]], complete_cases: Sequence[str], fingerprints: Mapping[str, int]
+    ) -> None:
+        """Note which tiles of which cases this part is to do, which cases it does completely, and what they are.
+
+        Raises:
+            UserError: a case is not what it was when the part was begun.
+        """
+        changed = [name for name, number in fingerprints.items() if self.fingerprints.get(name, number) != number]
+        if changed:
+            raise UserError(
+                f"The preprocessed case {changed[0]} has changed since {self.folder} was begun; start again in another "
+                f"folder (-o), or restore the data."
+            )
         self._add(
             {
                 "kind": "plan",
                 "samples": {case: list(tiles) for case, tiles in samples.items()},
                 "complete_cases": sorted(complete_cases),
+                "fingerprints": dict(fingerprints),
             }
         )
 
@@ -118,16 +145,14 @@ class Records:
         """Keep a perturbed tile (C, *patch) until its case is scored."""
         file = self._tiles(condition, sample.case) / f"{sample.tile}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as temporary, temporary.open("wb") as stream:
-            np.save(stream, tile.numpy())
+        stream = io.BytesIO()
+        np.save(stream, tile.numpy())
+        write_checked(file, stream.getvalue())
 
     def load_tile(self, condition: Condition, sample: SampleKey) -> Tensor | None:
         """A perturbed tile; None if it is not there, or damaged."""
-        try:
-            found = np.load(self._tiles(condition, sample.case) / f"{sample.tile}.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
-        return torch.from_numpy(found)
+        stored = read_checked(self._tiles(condition, sample.case) / f"{sample.tile}.npy")
+        return None if stored is None else torch.from_numpy(np.load(io.BytesIO(stored), allow_pickle=False))
 
     def forget_tiles(self) -> None:
         """Remove what is left of tiles once everything is scored."""
@@ -162,15 +187,20 @@ class Records:
             self._take(record, known)
 
     def _take(self, record: Record, known: Mapping[str, Condition]) -> None:
-        kind = record["kind"]
-        if kind == "plan":
+        kind = record.get("kind")
+        if kind == "run":
+            if record["run"] != self.run:
+                raise UserError(f"{self.folder} holds records of another run than run.json says; move them away.")
+            self.name = self.name or record["name"]
+        elif kind == "plan":
             self.planned = record["samples"]
             self.complete_cases = set(record["complete_cases"])
+            self.fingerprints.update(record["fingerprints"])
         elif kind == "findings":
             self.findings = [Finding(*finding) for finding in record["findings"]]
         elif kind == "chunk":
             self.smallest_chunk = min(record["chunk"], self.smallest_chunk or record["chunk"])
-        elif record["condition"] in known:
+        elif kind in ("sample", "case") and record["condition"] in known:
             condition = known[record["condition"]]
             if kind == "sample":
                 score = _sample_score(record)

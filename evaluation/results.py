@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,18 @@ import numpy as np
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.examples import Example
-from nnunet_ima.evaluation.identity import read_run
+from nnunet_ima.evaluation.identity import digest, read_run, read_sealed
 from nnunet_ima.evaluation.merge import conditions_of, worst_examples
 from nnunet_ima.evaluation.metrics import Array, class_scores
-from nnunet_ima.evaluation.outcomes import CLEAN
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN
 from nnunet_ima.evaluation.records import Records, part_folders
-from nnunet_ima.evaluation.summary import SCHEMA, SEAL, seal_of
+from nnunet_ima.evaluation.summary import SCHEMA
 
 Key = tuple[str, str]
 """Attack and level as they were written; ``("clean", "0")`` for none."""
 UNTOUCHED: Key = (CLEAN, "0")
+CLAMPED: Key = (CLAMP, "0")
+ADVICE = "write it again with nnunet_ima evaluate --merge"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SampleTable:
         return names, np.stack([self.counts[self.cases == name].sum(0) for name in names])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Results:
     """A finished evaluation.
 
@@ -82,11 +84,14 @@ class Results:
         if key == UNTOUCHED:
             clean: dict[str, Any] = self.summary["clean"]
             return clean
+        if key == CLAMPED:
+            clamped: dict[str, Any] | None = self.summary.get("clamp_only")
+            return clamped
         return next((item for item in self.attacked if (item["attack"], item["level"]) == key), None)
 
-    def case_dice(self, key: Key) -> dict[str, float]:
-        """Dice of each case by its name, classes averaged: nnU-Net's, or without a case level that of its samples."""
-        if self.cases.get(key):
+    def case_dice(self, key: Key, whole: bool) -> dict[str, float]:
+        """Dice of each case by its name, classes averaged: nnU-Net's, or that of its samples together."""
+        if whole:
             return {name: _mean(scores["dice"]) for name, scores in self.cases[key].items()}
         names, counts = self.samples[key].by_case()
         dice = class_scores(counts[..., 0], counts[..., 1], counts[..., 2])
@@ -94,9 +99,12 @@ class Results:
 
     def examples(self, key: Key) -> list[Example]:
         """The samples that lost most Dice under a condition."""
-        conditions = conditions_of(read_run(self.folder)["identity"])
+        identity = read_run(self.folder)["identity"]
+        conditions = conditions_of(identity)
         wanted = next(c for c in conditions if (c.attack, c.level.text if c.level else "0") == key)
-        return worst_examples(wanted, [Records(folder, conditions) for folder in part_folders(self.folder)])
+        return worst_examples(
+            wanted, [Records(folder, conditions, digest(identity)) for folder in part_folders(self.folder)]
+        )
 
 
 def read_results(folder: Path, title: str | None = None) -> Results:
@@ -107,20 +115,11 @@ def read_results(folder: Path, title: str | None = None) -> Results:
     """
     summary = read_summary(folder)
     regions = [str(region) for region in summary["labels"]]
-    try:
-        samples = dict(_sample_tables(folder / "samples.csv", regions))
-        cases = _case_tables(folder / "cases.csv", regions)
-    except (KeyError, ValueError, TypeError, IndexError, csv.Error) as error:
-        raise UserError(f"A table in {folder} is damaged; write it again with nnunet_ima evaluate --merge.") from error
-    results = Results(folder, title or _title(summary), summary, samples, cases)
-    for key, table in samples.items():
-        figures = results.figures(key)
-        if key[0] != "clamp-only" and (figures is None or figures["n_samples"] != len(table.dice)):
-            raise UserError(
-                f"{folder / 'samples.csv'} does not fit to summary.json; write both again with nnunet_ima evaluate "
-                f"--merge."
-            )
-    return results
+    for name, wanted in summary["tables"].items():
+        if digest(_text(folder / name)) != wanted:
+            raise UserError(f"{folder / name} was changed after it was written; {ADVICE} -o {folder}.")
+    samples = dict(_sample_tables(folder / "samples.csv", regions))
+    return Results(folder, title or _title(summary), summary, samples, _case_tables(folder / "cases.csv", regions))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -129,24 +128,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, damaged, of another version, or was changed after it was written.
     """
-    file = folder / "summary.json"
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{file} is missing; give the folder of a finished nnunet_ima evaluate, or finish it with --merge."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is damaged ({error}); write it again with nnunet_ima evaluate --merge.") from error
-    if not isinstance(summary, dict) or summary.get("schema") != SCHEMA:
-        found = summary.get("schema") if isinstance(summary, dict) else None
-        raise UserError(f"{file} is of another version ({found!r}, here {SCHEMA!r}); evaluate the model again.")
-    if summary.get(SEAL) != seal_of(summary):
-        raise UserError(
-            f"{file} was changed after it was written, so its figures are not those that were measured; write it again "
-            f"with nnunet_ima evaluate --merge -o {folder}."
-        )
-    return summary
+    return read_sealed(folder / "summary.json", SCHEMA, f"finish or repeat it: {ADVICE} -o {folder}")
 
 
 def _title(summary: Mapping[str, Any]) -> str:
@@ -183,13 +165,18 @@ def _case_tables(file: Path, regions: list[str]) -> dict[Key, dict[str, dict[str
 
 def _rows(file: Path) -> dict[Key, list[dict[str, str]]]:
     found: dict[Key, list[dict[str, str]]] = {}
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            for row in csv.DictReader(stream):
-                found.setdefault((row["attack"], row["level"]), []).append(row)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; write it again with nnunet_ima evaluate --merge.") from None
+    for row in csv.DictReader(io.StringIO(_text(file), newline="")):
+        found.setdefault((row["attack"], row["level"]), []).append(row)
     return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; {ADVICE} -o {file.parent}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is damaged; {ADVICE} -o {file.parent}.") from None
 
 
 def _mean(values: list[float]) -> float:

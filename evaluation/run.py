@@ -17,13 +17,13 @@ from tqdm import tqdm
 from nnunet_ima.attacks import AutoAttackResult, check_network
 from nnunet_ima.attacks.oracle import finite_logits, undisturbed
 from nnunet_ima.dice import DiceCriterion, confusion, sample_dice
-from nnunet_ima.errors import UserError
+from nnunet_ima.errors import UserError, is_out_of_memory
 from nnunet_ima.evaluation.attack_choice import AttackChoice
 from nnunet_ima.evaluation.case_level import CaseLevel
 from nnunet_ima.evaluation.cases import Case, Place, Sample, ValidationCases
 from nnunet_ima.evaluation.description import describe_run, identify
 from nnunet_ima.evaluation.examples import Example, make_example
-from nnunet_ima.evaluation.identity import write_identity
+from nnunet_ima.evaluation.identity import digest, write_identity
 from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.models import TrainedModel
 from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, SampleKey, SampleScore
@@ -96,18 +96,18 @@ class Evaluation:
             raise UserError(
                 f"No validation case of fold {self.model.fold} holds any foreground, so nothing can be measured."
             )
-        write_identity(
-            folder, identify(self, selection.all_cases, self.chunk), describe_run(self, selection.all_cases, command)
-        )
+        identity = identify(self, selection.all_cases, self.chunk)
+        write_identity(folder, identity, describe_run(self, selection.all_cases, command))
         steps = self.conditions()
         conditions = [condition for _, condition in steps]
-        records = Records(part_folder(folder, self.num_parts, self.part_id), conditions)
+        records = Records(part_folder(folder, self.num_parts, self.part_id), conditions, digest(identity))
         with records.writing():
             tiles: dict[str, list[int]] = {name: [] for name in selection.all_cases[self.part_id :: self.num_parts]}
             for sample in selection.samples:
                 tiles[sample.case].append(sample.tile)
-            records.plan(tiles, sorted(selection.complete_cases))
-            runner = _Runner(self, cases, selection, records)
+            fingerprints = {name: cases.fingerprints[name] for name in tiles}
+            records.plan(tiles, sorted(selection.complete_cases), fingerprints)
+            runner = Runner(self, cases, selection, records)
             left = {condition: runner.left(condition) for condition in conditions}
             total, to_do = len(selection.samples) * len(steps), sum(map(len, left.values()))
             with tqdm(
@@ -219,7 +219,7 @@ class _Attacked(NamedTuple):
     example: Example
 
 
-class _Runner:
+class Runner:
     """Runs conditions one after the other; the clean one first, whose Dice the others refer to."""
 
     def __init__(self, evaluation: Evaluation, cases: ValidationCases, selection: Selection, records: Records) -> None:
@@ -230,7 +230,8 @@ class _Runner:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         use_exact_convolutions()
-        self.chunk, self.batch_size = evaluation.chunk, evaluation.batch_size
+        # What was too much before would be too much again.
+        self.chunk, self.batch_size = records.smallest_chunk or evaluation.chunk, evaluation.batch_size
         self._samples_of: dict[str, list[Sample]] = {name: [] for name in sorted(selection.complete_cases)}
         for sample in selection.samples:
             self._samples_of.setdefault(sample.case, []).append(sample)
@@ -271,9 +272,15 @@ class _Runner:
         evaluation = self.evaluation
         images, targets, threat = load_batch(self.cases, samples, evaluation.protocol, None, evaluation.device)
         network, criterion = self.model.network, evaluation.criterion
-        self.records.add_findings(
-            check_network(network, images, targets, threat, criterion, evaluation.seed, self.chunk)
-        )
+        while True:
+            try:
+                found = check_network(network, images, targets, threat, criterion, evaluation.seed, self.chunk)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.chunk == 1:
+                    raise
+            self._use_less_memory(self.batch_size)
+        self.records.add_findings(found)
 
     def _with_enough_memory(
         self, choice: AttackChoice | None, condition: Condition, batch: Sequence[Sample]
@@ -282,10 +289,16 @@ class _Runner:
         try:
             return list(self.attack(choice, condition, batch))
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or (self.chunk == 1 and len(batch) == 1):
+            if not is_out_of_memory(error) or (self.chunk == 1 and len(batch) == 1):
                 raise
         # Not in the handler: its traceback holds on to what fills the memory.
-        self.chunk, self.batch_size = max(1, self.chunk // 2), max(1, len(batch) // 2)
+        self._use_less_memory(len(batch))
+        # Once and for all: the first part may halve the size again.
+        parts = list(_batches(batch, self.batch_size))
+        return [one for part in parts for one in self._with_enough_memory(choice, condition, part)]
+
+    def _use_less_memory(self, batch_size: int) -> None:
+        self.chunk, self.batch_size = max(1, self.chunk // 2), max(1, batch_size // 2)
         if self.evaluation.device.type == "cuda":
             torch.cuda.empty_cache()
         self.records.note_chunk(self.chunk)
@@ -293,9 +306,6 @@ class _Runner:
             f"The memory was not enough: from here on {self.batch_size} samples are attacked at once, {self.chunk} in "
             f"each pass; the last digits of a result depend on the latter."
         )
-        # Once and for all: the first part may halve the size again.
-        parts = list(_batches(batch, self.batch_size))
-        return [one for part in parts for one in self._with_enough_memory(choice, condition, part)]
 
     def attack(self, choice: AttackChoice | None, condition: Condition, batch: Sequence[Sample]) -> Iterator[_Attacked]:
         """Attack a batch; without a choice it stays as it is, or is only clamped."""
@@ -397,8 +407,3 @@ def _key(sample: Sample) -> SampleKey:
 def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """MPS has no exception of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

@@ -16,6 +16,7 @@ from scipy.stats import bootstrap, permutation_test
 from nnunet_ima.evaluation.metrics import Array, class_scores
 
 RESAMPLES = 2000
+BATCH = 100  # resamples at once: what they gather takes memory
 CONFIDENCE = 0.95
 # With fewer, no paired permutation test can reach 5 %, and resampling says next to nothing.
 FEWEST = 6
@@ -57,6 +58,7 @@ def tvdi_interval(counts: Array, seed: int = 0) -> Interval:
         (np.arange(len(counts)),),
         lambda index, axis: _tvdi(counts, np.moveaxis(index, axis, -1)),
         n_resamples=RESAMPLES,
+        batch=BATCH,
         vectorized=True,
         confidence_level=CONFIDENCE,
         method="percentile",
@@ -93,11 +95,12 @@ def tvdi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
 
     pairs = (np.arange(cases), np.arange(cases) + cases)
     interval = bootstrap(
-        pairs, difference, n_resamples=RESAMPLES, vectorized=True, paired=True, confidence_level=CONFIDENCE,
+        pairs, difference, n_resamples=RESAMPLES, batch=BATCH, vectorized=True, paired=True,
+        confidence_level=CONFIDENCE,
         method="percentile", random_state=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     p = permutation_test(
-        pairs, difference, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES,
+        pairs, difference, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, batch=BATCH,
         random_state=np.random.default_rng(seed),
     ).pvalue  # fmt: skip
     return Difference(Interval(value, float(interval.low), float(interval.high)), float(p))

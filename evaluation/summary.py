@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_ima.evaluation.identity import digest
+from nnunet_ima.evaluation.identity import digest, sealed
 from nnunet_ima.evaluation.metrics import (
     SURFACE_TOLERANCE_MM,
     adi,
@@ -27,7 +27,6 @@ from nnunet_ima.evaluation.trust import check
 from nnunet_ima.files import write_text
 
 SCHEMA = "nnunet_ima/evaluation/2"
-SEAL = "seal"
 
 
 def summarise(head: Mapping[str, Any], outcomes: Sequence[Outcome], smallest_chunk: int | None) -> dict[str, Any]:
@@ -51,21 +50,18 @@ def summarise(head: Mapping[str, Any], outcomes: Sequence[Outcome], smallest_chu
     summary["trust"] = found + check(by_name.get(CLAMP, by_name[CLEAN]), attacked)
     summary["trusted"] = all(item["passed"] for item in summary["trust"])
     plain: dict[str, Any] = _plain(summary)
-    return {**plain, SEAL: seal_of(plain)}
-
-
-def seal_of(summary: Mapping[str, Any]) -> str:
-    """A number that changes with the summary, so that figures which were edited do not pass for measured ones."""
-    return digest({key: value for key, value in summary.items() if key != SEAL})
+    return plain
 
 
 def write_all(folder: Path, outcomes: Sequence[Outcome], summary: Mapping[str, Any]) -> None:
-    """Write all tables; summary.json comes last, so that it stands for a complete set."""
+    """Write all tables; summary.json comes last, so that it stands for a complete set, and seals itself and them."""
     regions = summary["labels"]
-    write_text(folder / "samples.csv", _samples_csv(outcomes, regions))
-    write_text(folder / "cases.csv", _cases_csv(outcomes, regions))
+    tables = {"samples.csv": _samples_csv(outcomes, regions), "cases.csv": _cases_csv(outcomes, regions)}
+    for name, text in tables.items():
+        write_text(folder / name, text)
     write_text(folder / "table.md", markdown_table(summary))
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    complete = sealed({**summary, "tables": {name: digest(text) for name, text in tables.items()}})
+    write_text(folder / "summary.json", json.dumps(complete, indent=2) + "\n")
 
 
 def markdown_table(summary: Mapping[str, Any]) -> str:

@@ -25,7 +25,8 @@ def atomic_path(file: Path) -> Iterator[Path]:
 def write_text(file: Path, text: str) -> None:
     """Write ``text`` to ``file``, whole or not at all."""
     with atomic_path(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # A path that is no text, which Python holds in surrogates, may be part of it.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def remove_leftovers(folder: Path) -> None:

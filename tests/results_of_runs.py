@@ -11,7 +11,7 @@ import numpy as np
 
 from nnunet_ima.attacks import Finding
 from nnunet_ima.evaluation.examples import Example
-from nnunet_ima.evaluation.identity import write_identity
+from nnunet_ima.evaluation.identity import digest, write_identity
 from nnunet_ima.evaluation.merge import merge
 from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, SampleKey, SampleScore
@@ -26,7 +26,9 @@ def make_run(
     noise: Mapping[str, float] | None = None, cases: int = 8, tiles: int = 5, seed: int = 0, jitter: int = 0,
     title: str = "nnUNetTrainerSTD", dataset: str = "Dataset004_Hippocampus", norm: str = "l2",
     protocol: str = "sound", classes: tuple[str, ...] = ("anterior", "posterior"), case_name: str = "case_{:03d}",
-    margins: Mapping[str, list[float]] | None = None, whole_cases: bool = True,
+    margins: Mapping[str, list[float]] | None = None, whole_cases: bool = True, trained_on: bool = False,
+    further: Mapping[str, Mapping[str, float]] | None = None, patch: tuple[int, ...] = (24, 20),
+    clamped: float | None = None,
 ) -> Path:  # fmt: skip
     """A run whose samples' Dice scatter around the given ones.
 
@@ -34,10 +36,12 @@ def make_run(
         clean: without attack.
         attacked: by level.
         noise: by the same levels; None for no noise.
+        further: attacks by name, with the same levels.
+        clamped: under the protocol paper, without attack.
         jitter: 0, or the seed of a few voxels that fall out differently.
     """
     attacked = attacked or {"2": 0.8, "8": 0.5}
-    by_attack = {**({NOISE: noise} if noise else {}), ATTACK: attacked}
+    by_attack = {**({NOISE: noise} if noise else {}), ATTACK: attacked, **(further or {})}
     levels = [parse_level(text, norm) for text in attacked]
     conditions = [Condition(CLEAN, None), *([Condition(CLAMP, None)] if protocol == "paper" else [])]
     conditions += [Condition(attack, level) for attack in by_attack for level in levels]
@@ -51,12 +55,13 @@ def make_run(
         "case level": whole_cases, "cases": names,
     }  # fmt: skip
     folder.mkdir(parents=True)
-    write_identity(folder, identity, _head(model, Protocol(protocol, norm), classes, margins or {}))
-    records = Records(part_folder(folder, 1, 0), conditions)
+    write_identity(folder, identity, _head(model, Protocol(protocol, norm), classes, margins or {}, trained_on, patch))
+    records = Records(part_folder(folder, 1, 0), conditions, digest(identity))
     with records.writing():
-        records.plan({name: list(range(tiles)) for name in names}, names)
+        records.plan({name: list(range(tiles)) for name in names}, names, {})
         for condition in conditions:
-            wanted = clean if condition.level is None else by_attack[condition.attack][condition.level.text]
+            untouched = clamped if clamped is not None and condition.attack == CLAMP else clean
+            wanted = untouched if condition.level is None else by_attack[condition.attack][condition.level.text]
             scores = [
                 _score(SampleKey(name, tile), wanted, clean, len(classes), seed, jitter)
                 for name in names
@@ -106,8 +111,9 @@ def _example(score: SampleScore, classes: int) -> Example:
 
 
 def _head(
-    model: dict[str, Any], protocol: Protocol, classes: tuple[str, ...], margins: Mapping[str, list[float]]
-) -> dict[str, Any]:
+    model: dict[str, Any], protocol: Protocol, classes: tuple[str, ...], margins: Mapping[str, list[float]],
+    trained_on: bool, patch: tuple[int, ...],
+) -> dict[str, Any]:  # fmt: skip
     return {
         "model": model,
         "protocol": {
@@ -116,7 +122,8 @@ def _head(
         "criterion": {"dice_threshold": 0.6, "dice_reduction": "mean"},
         "classes": list(classes),
         "labels": [str(number + 1) for number in range(len(classes))],
-        "seed": 0, "max_samples": None, "trained_on_these_cases": False, "started_from_unknown_weights": False,
+        "patch_size": list(patch),
+        "seed": 0, "max_samples": None, "trained_on_these_cases": trained_on, "started_from_unknown_weights": False,
         "margins_by_epoch": dict(margins), "device": "cpu", "command": "nnunet_ima evaluate ...",
         "versions": {"nnunet_ima": "0.1.0"},
     }  # fmt: skip

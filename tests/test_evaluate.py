@@ -33,7 +33,7 @@ from nnunet_ima.evaluation.models import TrainedModel, load_model
 from nnunet_ima.evaluation.outcomes import CLEAN, Condition
 from nnunet_ima.evaluation.protocols import Protocol, parse_level
 from nnunet_ima.evaluation.records import Records
-from nnunet_ima.evaluation.run import Evaluation, _Runner, select_samples
+from nnunet_ima.evaluation.run import Evaluation, Runner, select_samples
 from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
 
 TABLES = {"summary.json", "samples.csv", "cases.csv", "table.md", "dice_against_level.png", "worst_samples.png"}
@@ -344,8 +344,8 @@ def test_sound_perturbations_stay_in_the_cases_range_and_off_the_padding(
     selection = select_samples(cases, 12 if dimensions == "2d" else 2, 0, progress=False)
     asked = evaluation(trained, Protocol("sound", norm), "pgd:steps=3")
     clean, attacked = Condition(CLEAN, None), Condition("pgd:steps=3", parse_level(level, norm))
-    records = Records(tmp_path, [clean, attacked])
-    runner = _Runner(asked, cases, selection, records)
+    records = Records(tmp_path, [clean, attacked], "")
+    runner = Runner(asked, cases, selection, records)
     with records.writing():
         records.add_samples(clean, [one.score for one in runner.attack(None, clean, selection.samples)])
     for sample, perturbed, score, _ in runner.attack(asked.attacks[0], attacked, selection.samples):

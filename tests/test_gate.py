@@ -144,6 +144,58 @@ def test_one_broken_rule_breaks_all_and_doubt_is_no_pass(found):
     assert (whole is Verdict.MET) == (set(found) <= {Verdict.MET})
 
 
+def test_a_model_that_learned_from_the_cases_is_not_judged(gate, tmp_path):
+    leaked = make_run(tmp_path / "leaked", trained_on=True)
+    status, text = gate(leaked, "--min", "clean tvdi>=0.1")
+    assert status == 2
+    assert "learned from some of these very cases" in text
+
+
+def test_a_broken_gate_does_not_replace_its_baseline(gate, good, tmp_path):
+    file = tmp_path / "baseline.json"
+    gate(good, "--write-baseline", file)
+    before = file.read_bytes()
+    fragile = make_run(tmp_path / "fragile", clean=0.91, attacked={"2": 0.6, "8": 0.2}, seed=3)
+    assert gate(fragile, "--baseline", file, "--write-baseline", file)[0] == 1
+    assert file.read_bytes() == before
+    leaked = make_run(tmp_path / "leaked", trained_on=True)
+    assert gate(leaked, "--write-baseline", tmp_path / "new.json")[0] == 2
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_a_gate_that_cannot_be_judged_leaves_no_green_file(gate, good, tmp_path):
+    out = tmp_path / "out"
+    assert gate(good, "--baseline", good, "-o", out)[0] == 0
+    assert gate(good, "--baseline", tmp_path / "missing.json", "-o", out)[0] == 2
+    suite = ElementTree.parse(out / "junit.xml").getroot()
+    assert int(suite.attrib["errors"]) == 1
+    assert "cannot tell" in (out / "gate.md").read_text()
+
+
+def test_an_unknown_rule_does_not_hide_a_broken_one(gate, good, tmp_path):
+    fragile = make_run(tmp_path / "fragile", clean=0.91, attacked={"2": 0.6, "8": 0.2}, seed=3)
+    status, text = gate(fragile, "--baseline", good, "--min", "square@l2:5 tvdi>=0.5")
+    assert status == 1
+    assert "it has apgd:steps=4@l2:2" in text
+
+
+def test_levels_are_compared_as_numbers(gate, tmp_path):
+    one = make_run(tmp_path / "one", attacked={"2": 0.8})
+    two = make_run(tmp_path / "two", attacked={"2.0": 0.8})
+    assert gate(two, "--baseline", one)[0] == 0
+
+
+def test_other_references_are_other_samples(gate, good, tmp_path):
+    """The same case names, but sizes of the structure that differ: not compared one with the other."""
+    patch = make_run(tmp_path / "patch", patch=(40, 56, 40))
+    assert "another patch" in gate(patch, "--baseline", good)[1]
+
+
+def test_intervals_of_samples_say_so(gate, tmp_path):
+    few = make_run(tmp_path / "few", cases=2, tiles=40)
+    assert "it is too narrow" in gate(few, "--min", "clean tvdi>=0.5")[1]
+
+
 # ---- bad input
 
 
@@ -165,7 +217,7 @@ def test_rules_are_read_as_they_were_written(attack, norm, limit):
 
 
 def test_what_does_not_fit_is_named(gate, good, tmp_path):
-    assert "has apgd:steps=4@l2:2" in gate(good, "--min", "pgd@l2:2 tvdi>=0.5")[1]
+    assert "it has apgd:steps=4@l2:2" in gate(good, "--min", "pgd@l2:2 tvdi>=0.5")[1]
     assert "another dataset" in gate(good, "--baseline", make_run(tmp_path / "other", dataset="Dataset005_X"))[1]
     assert (
         "another norm" in gate(good, "--baseline", make_run(tmp_path / "linf", norm="linf", attacked={"2/255": 0.8}))[1]
@@ -210,14 +262,43 @@ def test_an_edited_summary_is_refused(gate, good, change, named):
 
 
 @pytest.mark.parametrize("name", ["samples.csv", "cases.csv", "summary.json"])
-def test_missing_or_damaged_tables_are_named(gate, good, name):
+@pytest.mark.parametrize("damage", ["cut", "a digit", "not text", "empty", "of another run"])
+def test_missing_damaged_or_edited_tables_are_named(gate, good, tmp_path, name, damage):
     original = (good / name).read_bytes()
     (good / name).unlink()
     assert name in gate(good, "--min", "clean tvdi>=0.1")[1]
-    (good / name).write_bytes(original[: len(original) // 2])
+    where = original.rindex(b"1", 0, len(original) // 2)
+    content = {
+        "cut": original[: len(original) // 2],
+        "a digit": original[:where] + b"9" + original[where + 1 :],
+        "not text": b"\xff" + original,
+        "empty": b"",
+    }
+    if damage == "of another run":
+        other = make_run(tmp_path / "other", clean=0.4, attacked={"2": 0.3, "8": 0.1})
+        name = "samples.csv" if name == "summary.json" else name
+        content[damage] = (other / name).read_bytes()
+        (good / "summary.json").is_file() or (good / "summary.json").write_bytes(original)
+    (good / name).write_bytes(content[damage])
     status, text = gate(good, "--min", "clean tvdi>=0.1")
-    assert status == 2 or name == "cases.csv"
-    assert text.startswith("nnunet_ima: ") or name == "cases.csv"
+    assert status == 2
+    assert text.startswith("nnunet_ima: ")
+    assert name in text
+
+
+@pytest.mark.parametrize("content", ['{"a": ' + "9" * 5000 + "}", "[" * 5000, '"text"', "null"])
+@pytest.mark.parametrize("name", ["summary.json", "run.json"])
+def test_json_beyond_all_measure_is_refused(gate, good, tmp_path, name, content):
+    (good / name).write_text(content)
+    arguments = ("--min", "clean tvdi>=0.1") if name == "summary.json" else None
+    if arguments:
+        assert name in gate(good, *arguments)[1]
+    else:
+        assert main(["evaluate", "--merge", "-o", str(good)]) == 2
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(content)
+    if name == "run.json":
+        assert str(baseline) in gate(good, "--baseline", baseline)[1]
 
 
 def test_folders_with_spaces_and_umlauts(gate, good, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.labels import Labels
-from nnunet_ima.lp import NORMS
 from nnunet_ima.threat import ThreatModel
 
 CASES = 8
@@ -136,7 +134,7 @@ def read_as(patch: Problem, labels: Labels) -> Problem:
 
 
 # Each norm with and without an ignore label, with classes and regions.
-@pytest.mark.parametrize(("norm", "kind"), list(zip(itertools.cycle(NORMS), KINDS, strict=False)))
+@pytest.mark.parametrize(("norm", "kind"), list(zip(("l2", "linf", "linf", "l2"), KINDS, strict=True)))
 @pytest.mark.parametrize("attack_name", SMALL_BUDGET)
 def test_what_holds_for_tiny_networks_holds_here(patch: Problem, attack_name: str, norm: str, kind: str) -> None:
     problem = read_as(patch, KINDS[kind])

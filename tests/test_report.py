@@ -7,6 +7,7 @@ import io
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.report import write_report
 from nnunet_ima.evaluation.report.charts import axis_around
-from nnunet_ima.evaluation.report.figures import settings_of
+from nnunet_ima.evaluation.report.figures import Setting, settings_of
 from nnunet_ima.evaluation.report.published import published_for
 from nnunet_ima.evaluation.report.sentences import headline, price
 from nnunet_ima.evaluation.report.tables import Cell, Table, as_csv, as_latex, as_markdown, robustness_table
@@ -93,8 +94,8 @@ def test_a_reader_learns_who_is_more_robust_to_what_how_surely_and_at_which_pric
     for level in ("L2 15", "Linf 4/255"):
         share = r"([\d.]+) % \(([\d.]+) to ([\d.]+)\)"
         said = re.search(
-            rf"IMA is more robust than stock: at {level} under apgd:steps=4 it holds {share} Dice against {share}, "
-            rf"([\d.]+) points",
+            rf"IMA is more robust than stock: at {level}, under the worst attack on each, it holds {share} Dice "
+            rf"against {share}, ([\d.]+) points",
             text,
         )
         assert said, text[:600]
@@ -147,8 +148,8 @@ def test_models_that_do_not_differ_are_not_ranked(tmp_path):
     one = make_run(tmp_path / "one", attacked={"5": 0.7}, seed=1, title="A")
     other = make_run(tmp_path / "other", attacked={"5": 0.7}, seed=2, title="B")
     (setting,) = settings_of([read_results(folder) for folder in (one, other)])
-    assert "no model is clearly more robust" in headline(setting)
-    assert "no difference can be told" in price(setting)
+    assert "No model is clearly more robust" in headline(setting)
+    assert price(setting) == ""
 
 
 def test_few_cases_are_said_to_be_few(tmp_path):
@@ -157,7 +158,9 @@ def test_few_cases_are_said_to_be_few(tmp_path):
     assert "there are fewer than 6 cases" in text
     assert "too narrow" in text
     tiny = [make_run(tmp_path / t, attacked={"5": d}, title=t, cases=1, tiles=3) for t, d in (("C", 0.2), ("D", 0.8))]
-    assert "nobody can say whether that is chance" in write_report(tiny, tmp_path / "tiny").read_text(encoding="utf-8")
+    assert "nobody can say whether a difference is chance" in write_report(tiny, tmp_path / "tiny").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_one_model_alone_and_other_samples(tmp_path):
@@ -202,6 +205,78 @@ def test_published_figures_stand_with_their_protocol():
 def test_published_figures_are_quoted_correctly(ours, theirs):
     package = Path(__file__).parents[1] / "evaluation" / "report"
     assert (package / ours).read_text() == (PAPERS / theirs).read_text()
+
+
+def one_setting(*folders: Path) -> Setting:
+    runs = [read_results(folder) for folder in folders]
+    (setting,) = settings_of([replace(run, title=run.summary["model"]["trainer"]) for run in runs])
+    return setting
+
+
+def test_each_model_is_judged_by_the_attack_that_is_worst_for_it(tmp_path):
+    """A is weak against one attack, B against the other: B's worst is the better one."""
+    one = make_run(tmp_path / "a", attacked={"5": 0.3}, further={"square": {"5": 0.5}}, title="A")
+    two = make_run(tmp_path / "b", attacked={"5": 0.6}, further={"square": {"5": 0.4}}, title="B", seed=1)
+    setting = one_setting(one, two)
+    first, second = setting.runs
+    assert setting.worst(first, "5")[0] == ATTACK
+    assert setting.worst(second, "5")[0] == "square"
+    assert headline(setting).startswith("B is more robust than A: at L2 5, under the worst attack on each, it holds")
+    assert setting.difference(second, first, "5").interval.value == pytest.approx(0.1, abs=0.03)
+
+
+def test_a_model_that_is_better_at_one_level_only_is_not_called_more_robust(tmp_path):
+    one = make_run(tmp_path / "a", attacked={"2": 0.8, "8": 0.2}, title="A")
+    two = make_run(tmp_path / "b", attacked={"2": 0.6, "8": 0.5}, title="B", seed=1)
+    setting = one_setting(one, two)
+    assert "depends on the level" in headline(setting)
+    assert price(setting) == ""
+
+
+def test_a_difference_too_small_to_matter_is_not_one(tmp_path):
+    """However sure it is: the same model but for half a voxel in a hundred."""
+    one = make_run(tmp_path / "a", attacked={"5": 0.600}, title="A")
+    two = make_run(tmp_path / "b", attacked={"5": 0.602}, title="B")
+    assert "No model is clearly more robust" in headline(one_setting(one, two))
+
+
+def test_of_three_models_each_is_compared_with_the_best(tmp_path):
+    made = [make_run(tmp_path / t, attacked={"5": d}, title=t, seed=n) for n, (t, d) in
+            enumerate((("A", 0.3), ("B", 0.7), ("C", 0.5)))]  # fmt: skip
+    assert headline(one_setting(*made)).startswith("B is more robust than C and A: ")
+    near = make_run(tmp_path / "D", attacked={"5": 0.7}, title="D", seed=9)
+    assert "the order is not clear" in headline(one_setting(made[0], made[1], near))
+
+
+def test_under_the_papers_protocol_the_clamp_is_not_the_attacks_work(tmp_path):
+    run = make_run(tmp_path / "run", clean=0.9, clamped=0.57, attacked={"5": 0.55}, protocol="paper")
+    page = write_report([run], tmp_path / "out").read_text(encoding="utf-8")
+    text = Text(page).text
+    assert re.search(r"takes STD from 5\d\.\d % \([\d.]+ to [\d.]+\) Dice on clamped scans without noise", text)
+    assert "clamp only" in text
+    assert "none, clamped" in text
+
+
+def test_what_cannot_be_compared_is_not(tmp_path):
+    """Other patches, other classes: settings of their own. Other attacks, other levels: nothing to compare."""
+    runs = [
+        make_run(tmp_path / "2d", title="A"),
+        make_run(tmp_path / "3d", title="B", patch=(20, 24, 20)),
+        make_run(tmp_path / "classes", title="C", classes=("left", "right", "middle")),
+    ]
+    assert len(settings_of([read_results(folder) for folder in runs])) == 3
+    write_report(runs, tmp_path / "out")
+    levels = make_run(tmp_path / "levels", title="D", attacked={"3": 0.5})
+    text = Text(write_report([runs[0], levels], tmp_path / "two").read_text(encoding="utf-8")).text
+    assert "No attack was run on all models at the same levels" in text
+    assert "TVDI under each attack" not in text
+
+
+def test_one_name_is_one_model(tmp_path, runs):
+    """Of two checkpoints under one name nobody could say whose figures are whose."""
+    other = make_run(tmp_path / "other", attacked={"2/255": 0.5}, norm="linf", seed=7, title="nnUNetTrainer")
+    with pytest.raises(UserError, match="Two models are both called stock"):
+        write_report([runs[0], other], tmp_path / "out", ["stock", "stock"])
 
 
 # ---- tables for other programs

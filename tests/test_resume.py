@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from nnunet_project import quiet, read, write
 
 from nnunet_ima.evaluation import models
+from nnunet_ima.evaluation.cases import ValidationCases
 from nnunet_ima.evaluation.command_line import main
-from nnunet_ima.evaluation.identity import differences
+from nnunet_ima.evaluation.examples import load_example
+from nnunet_ima.evaluation.identity import differences, digest
 from nnunet_ima.evaluation.journal import Journal
 from nnunet_ima.evaluation.records import Records, part_folders
 
@@ -207,7 +209,7 @@ def test_two_processes_on_one_part_are_one_too_many(std_2d, in_peace, tmp_path, 
     output = tmp_path / "run"
     shutil.copytree(in_peace, output)
     (part,) = part_folders(output)
-    with Records(part, []).writing():
+    with Records(part, [], digest(read(output / "run.json")["identity"])).writing():
         assert "Another process is at work" in sentence(capsys, "-m", str(std_2d), "-o", str(output), *WAY)
 
 
@@ -337,6 +339,54 @@ def test_differences_are_found_exactly_where_there_are_some(one, other):
 
     if plain(one) != plain(other) and not (plain(one) in (None, {}) and plain(other) in (None, {})):
         assert differences(one, other)
+
+
+def test_records_without_their_run_are_not_taken_for_another(std_2d, in_peace, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(in_peace, output)
+    run_file = (output / "run.json").read_bytes()
+    for name in ("run.json", "summary.json"):
+        (output / name).unlink()
+    assert "without their run.json" in sentence(capsys, "-m", str(std_2d), "-o", str(output), *WAY, "--seed", "1")
+    other = tmp_path / "other"
+    evaluate(std_2d, other, "--seed", "1", "-num_parts", "2", "-part_id", "0")
+    shutil.copyfile(other / "run.json", output / "run.json")
+    assert "records of another run" in sentence(capsys, "--merge", "-o", str(output))
+    (output / "run.json").write_bytes(run_file)
+    evaluate(std_2d, output)
+
+
+def test_data_that_changed_on_the_way_are_noticed(project, std_2d, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "preprocessed" / project.dataset
+    shutil.copytree(project.preprocessed, folder)
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+    output = tmp_path / "run"
+    evaluate(std_2d, output)
+    load = ValidationCases._load
+
+    def other(self: ValidationCases, name: str) -> Any:
+        case = load(self, name)
+        self.fingerprints[name] += 1
+        return case
+
+    monkeypatch.setattr(ValidationCases, "_load", other)
+    assert "has changed since" in sentence(capsys, "-m", str(std_2d), "-o", str(output), *WAY)
+
+
+def test_no_damage_to_a_file_is_taken_for_its_content(in_peace, tmp_path):
+    (part,) = part_folders(in_peace)
+    original = next(part.glob("examples/*/*.npz")).read_bytes()
+    draws = random.Random(0)
+    for _ in range(300):
+        content = bytearray(original)
+        content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
+        (tmp_path / "file").write_bytes(content)
+        assert load_example(tmp_path / "file", "case", 0) is None
+    for cut in (0, 1, 4, 5, len(original) - 1):
+        (tmp_path / "file").write_bytes(original[:cut])
+        assert load_example(tmp_path / "file", "case", 0) is None
+    (tmp_path / "file").write_bytes(original)
+    assert load_example(tmp_path / "file", "case", 0) is not None
 
 
 # ---- too little memory

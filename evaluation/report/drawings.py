@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from nnunet_ima.evaluation.metrics import nan_mean
 from nnunet_ima.evaluation.report.charts import Axis, Point, Series, axis_around, chart, percent_axis
 from nnunet_ima.evaluation.report.figures import NOISE, Setting, tvdi
+from nnunet_ima.evaluation.report.sentences import percent
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
 
 
@@ -43,11 +43,11 @@ def _dice_against_level(setting: Setting, colours: Mapping[str, str]) -> Drawing
     series = []
     for run in setting.runs:
         colour = colours[run.title]
-        attacked = [_point(setting, run, 0.0, UNTOUCHED)]
-        attacked += [_point(setting, run, value, setting.key(text)) for text, value in setting.levels]
+        attacked = [_point(setting, run, 0.0, setting.start)]
+        attacked += [_point(setting, run, value, setting.worst(run, text)) for text, value in setting.levels]
         series.append(Series(run.title, colour, attacked))
         if noise is not None:
-            points = [_point(setting, run, 0.0, UNTOUCHED)]
+            points = [_point(setting, run, 0.0, setting.start)]
             points += [_point(setting, run, value, (noise, text)) for text, value in setting.levels]
             plain = [Point(point.x, point.y, title=point.title) for point in points]
             series.append(Series(f"{run.title}, noise only", colour, plain, dashed=True, opacity=0.6))
@@ -55,8 +55,8 @@ def _dice_against_level(setting: Setting, colours: Mapping[str, str]) -> Drawing
     return Drawing(
         "Dice against noise level",
         chart(f"Dice against noise level: {setting.name}", x, percent_axis("Dice (TVDI, %)"), series),
-        "Solid: the strongest attack of each level; the band is the 95 % interval. Dashed: plain noise of the same "
-        "size. A model that holds stays high on the solid line.",
+        "Solid: of each level the attack that is worst for the model; the band is the 95 % interval. Dashed: plain "
+        f"noise of the same size. A model that holds stays high on the solid line. At 0: {setting.start_name}.",
     )
 
 
@@ -65,7 +65,7 @@ def _clean_against_robust(setting: Setting, colours: Mapping[str, str]) -> Drawi
         return None
     series = []
     for run in setting.runs:
-        robust = nan_mean([tvdi(run, setting.key(text)) for text, _ in setting.levels])
+        robust = setting.robust_mean(run)
         point = Point(100 * tvdi(run, UNTOUCHED), 100 * robust, title=f"{run.title}: {100 * robust:.1f}")
         series.append(Series(run.title, colours[run.title], [point]))
     return Drawing(
@@ -84,15 +84,16 @@ def _cases(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
     level = setting.telling_level
     if level is None:
         return None
-    key, series, ticks = setting.key(level), [], {}
+    series, ticks = [], {}
+    whole = all(run.cases.get(key) for run in setting.runs for key in (UNTOUCHED, setting.worst(run, level)))
     spread = np.random.default_rng(0)
     for number, run in enumerate(setting.runs):
-        for shift, where, name in ((0.25, UNTOUCHED, "clean"), (0.75, key, level)):
+        for shift, where, name in ((0.25, UNTOUCHED, "clean"), (0.75, setting.worst(run, level), level)):
             x = number + shift
             ticks[x] = f"{run.title}, {name}" if len(setting.runs) < 4 else name
             points = [
                 Point(x + float(spread.uniform(-0.13, 0.13)), 100 * dice, title=f"{case}: {100 * dice:.1f}")
-                for case, dice in run.case_dice(where).items()
+                for case, dice in run.case_dice(where, whole).items()
             ]
             label = run.title if where == UNTOUCHED else ""
             series.append(Series(label, colours[run.title], points, cloud=True, opacity=0.55))
@@ -103,7 +104,8 @@ def _cases(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
         "Case by case",
         chart(f"Dice of each case: {setting.name}", Axis("", 0.0, float(len(setting.runs)), ticks),
               percent_axis("Dice of a case (%)"), series, legend=len(setting.runs) > 3),
-        f"A dot is a case, the line their median; clean, and under {key[0]} at {setting.norm_name} {level}.",
+        f"A dot is a case, the line their median; clean, and at {setting.norm_name} {level} under the attack that is "
+        f"worst for the model.",
     )  # fmt: skip
 
 
@@ -111,9 +113,9 @@ def _sizes(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
     level = setting.telling_level
     if level is None:
         return None
-    key, series = setting.key(level), []
+    series = []
     for run in setting.runs:
-        table = run.samples[key]
+        table = run.samples[setting.worst(run, level)]
         points = [
             Point(float(size), 100 * float(dice), title=f"{case}, tile {tile}: {100 * dice:.0f}")
             for size, dice, case, tile in zip(table.sizes, table.dice, table.cases, table.tiles, strict=True)
@@ -125,8 +127,8 @@ def _sizes(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
         chart(f"Size against robustness: {setting.name}",
               axis_around("foreground of the sample (voxels)", sizes, logarithmic=True),
               percent_axis("Dice of a sample under attack (%)"), series),
-        f"A dot is a sample under {key[0]} at {setting.norm_name} {level}. Where dots fall to the left, small "
-        f"structures are the fragile ones.",
+        f"A dot is a sample at {setting.norm_name} {level} under the attack that is worst for the model. Where dots "
+        f"fall to the left, small structures are the fragile ones.",
     )  # fmt: skip
 
 
@@ -136,6 +138,7 @@ def _margins(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
         curves = run.summary["margins_by_epoch"]
         if not {"margin_10", "margin_50", "margin_90"} <= curves.keys():
             continue
+        curves = {name: [float("nan") if value is None else value for value in curve] for name, curve in curves.items()}
         together = zip(curves["margin_50"], curves["margin_10"], curves["margin_90"], strict=False)
         points = [Point(epoch, *values, title=f"{values[0]:.2f}") for epoch, values in enumerate(together)]
         series.append(Series(f"{run.title}: median", colours[run.title], points))
@@ -154,5 +157,5 @@ def _margins(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
 
 def _point(setting: Setting, run: Results, x: float, key: Key) -> Point:
     interval = setting.interval(run, key)
-    text = f"{100 * interval.value:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f}), {key[0]}"
+    text = f"{percent(interval)}, {key[0]}"
     return Point(x, 100 * interval.value, 100 * interval.low, 100 * interval.high, text)

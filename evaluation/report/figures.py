@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
 from nnunet_ima.evaluation.metrics import nan_mean
 from nnunet_ima.evaluation.report.charts import COLOURS
-from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
+from nnunet_ima.evaluation.results import CLAMPED, UNTOUCHED, Key, Results
 from nnunet_ima.evaluation.statistics import FEWEST, Difference, Interval, tvdi_difference, tvdi_interval, units
 
 # Noise says how a model fares by chance; what an attacker can do is said by the others.
 NOISE = "white-noise"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """Runs on the same data in the same protocol and norm, one a model."""
 
     dataset: str
     protocol: str
     norm: str
+    patch: str
     unit: str
     range: str
     runs: list[Results]
@@ -36,17 +37,21 @@ class Setting:
     @property
     def name(self) -> str:
         """For headings."""
-        return f"{self.dataset}, {self.norm_name}, protocol {self.protocol}"
+        return f"{self.dataset}, {self.norm_name}, protocol {self.protocol}, patch {self.patch}"
 
-    @cached_property
-    def attacks(self) -> list[str]:
-        """That were run on every model."""
-        first = list(dict.fromkeys(str(item["attack"]) for item in self.runs[0].attacked))
-        return [attack for attack in first if all(self._has(run, attack) for run in self.runs)]
+    @property
+    def start(self) -> Key:
+        """What attacks begin with: untouched samples; under ``paper`` clamped ones, which costs Dice by itself."""
+        return CLAMPED if self.protocol == "paper" else UNTOUCHED
+
+    @property
+    def start_name(self) -> str:
+        """In words."""
+        return "clamped scans without noise" if self.protocol == "paper" else "clean scans"
 
     @cached_property
     def levels(self) -> list[tuple[str, float]]:
-        """As text and value, ascending; of every model."""
+        """As text and value, ascending; those of every model."""
         found = {str(item["level"]): float(item["epsilon"]) for item in self.runs[0].attacked}
         return sorted(
             ((text, value) for text, value in found.items() if all(text in _levels(run) for run in self.runs)),
@@ -54,37 +59,48 @@ class Setting:
         )
 
     @cached_property
+    def attacks(self) -> list[str]:
+        """That were run on every model at all of these levels."""
+        first = dict.fromkeys(str(item["attack"]) for item in self.runs[0].attacked)
+        return [attack for attack in first if self.levels and all(self._has(run, attack) for run in self.runs)]
+
+    @cached_property
     def comparable(self) -> bool:
         """Whether all runs attacked the same samples, so that models can be compared case by case."""
         tables = [run.samples[UNTOUCHED] for run in self.runs]
         first = tables[0]
-        return all(np.array_equal(one.cases, first.cases) and np.array_equal(one.tiles, first.tiles) for one in tables)
+        return all(
+            np.array_equal(one.cases, first.cases)
+            and np.array_equal(one.tiles, first.tiles)
+            and np.array_equal(one.counts[:, :, [0, 2]].sum(2), first.counts[:, :, [0, 2]].sum(2))
+            for one in tables
+        )
 
-    def strongest(self, level: str, runs: Sequence[Results] | None = None) -> str:
-        """The attack under which these runs (default: all) have the lowest mean TVDI at a level."""
+    def worst(self, run: Results, level: str) -> Key:
+        """The condition at a level under which a run has the lowest TVDI, of the attacks that all models had."""
         real = [attack for attack in self.attacks if not attack.startswith(NOISE)] or self.attacks
-
-        def total(attack: str) -> float:
-            found = [run.figures((attack, level)) for run in runs or self.runs]
-            return sum(float(figures["tvdi"]) for figures in found if figures is not None)
-
-        return min(real, key=total)
-
-    def key(self, level: str) -> Key:
-        """The condition that stands for a level: its strongest attack."""
-        return (self.strongest(level), level)
+        return min(((attack, level) for attack in real), key=lambda key: tvdi(run, key))
 
     @cached_property
     def telling_level(self) -> str | None:
         """Where the models differ most; of a single one the smallest level. None without attacks."""
-        if not self.attacks or not self.levels:
+        if not self.attacks:
             return None
 
         def spread(level: str) -> float:
-            values = [tvdi(run, self.key(level)) for run in self.runs]
+            values = [tvdi(run, self.worst(run, level)) for run in self.runs]
             return max(values) - min(values)
 
         return self.levels[0][0] if len(self.runs) == 1 else max((text for text, _ in self.levels), key=spread)
+
+    @cached_property
+    def ranked(self) -> list[Results]:
+        """From the highest mean TVDI over the attacked levels to the lowest."""
+        return sorted(self.runs, key=lambda run: -self.robust_mean(run))
+
+    def robust_mean(self, run: Results) -> float:
+        """Mean TVDI over the attacked levels, each under the run's worst attack."""
+        return nan_mean([tvdi(run, self.worst(run, text)) for text, _ in self.levels])
 
     @cached_property
     def unit_resampled(self) -> str:
@@ -97,16 +113,25 @@ class Setting:
             f"intervals are too narrow)"
         )
 
+    @cache  # noqa: B019 (settings live as long as the report)
     def interval(self, run: Results, key: Key) -> Interval:
         """Of a run's TVDI."""
         return tvdi_interval(units(run.samples[key].cases, run.samples[key].counts)[1])
 
-    def difference(self, run: Results, other: Results, key: Key) -> Difference | None:
-        """A run's TVDI minus another's; None if they are not of the same samples."""
+    def difference(self, run: Results, other: Results, level: str | None) -> Difference | None:
+        """A run's TVDI minus another's, each under its own worst attack of a level, or without attack.
+
+        None if they are not of the same samples.
+        """
+        keys = [UNTOUCHED if level is None else self.worst(one, level) for one in (run, other)]
+        return self._difference(run, keys[0], other, keys[1])
+
+    @cache  # noqa: B019
+    def _difference(self, run: Results, key: Key, other: Results, their_key: Key) -> Difference | None:
         if not self.comparable:
             return None
-        one, two = (units(table.cases, table.counts)[1] for table in (run.samples[key], other.samples[key]))
-        return tvdi_difference(one, two)
+        one, two = run.samples[key], other.samples[their_key]
+        return tvdi_difference(units(one.cases, one.counts)[1], units(two.cases, two.counts)[1])
 
     def mean_over_levels(self, run: Results, attack: str) -> float:
         """Mean TVDI over clean and all levels: Table 3's Avg."""
@@ -117,15 +142,21 @@ class Setting:
 
 
 def settings_of(runs: Sequence[Results]) -> list[Setting]:
-    """Runs grouped by data, protocol and norm, in the order in which they were given."""
-    groups: dict[tuple[str, str, str], list[Results]] = {}
+    """Runs grouped by data, classes, protocol, norm and patch, in the order in which they were given.
+
+    A level means another thing for another patch: the L2 norm is taken over all of it.
+    """
+    groups: dict[tuple[str, str, str, str, tuple[str, ...]], list[Results]] = {}
     for run in runs:
-        protocol = run.summary["protocol"]
-        groups.setdefault((run.summary["model"]["dataset"], protocol["name"], protocol["norm"]), []).append(run)
-    return [
-        Setting(*key, mine[0].summary["protocol"]["unit"], mine[0].summary["protocol"]["range"], mine)
-        for key, mine in groups.items()
-    ]
+        about, protocol = run.summary, run.summary["protocol"]
+        patch = " × ".join(str(size) for size in about["patch_size"])
+        key = (about["model"]["dataset"], protocol["name"], protocol["norm"], patch, tuple(about["classes"]))
+        groups.setdefault(key, []).append(run)
+    made = []
+    for (dataset, name, norm, patch, _), mine in groups.items():
+        protocol = mine[0].summary["protocol"]
+        made.append(Setting(dataset, name, norm, patch, protocol["unit"], protocol["range"], mine))
+    return made
 
 
 def colours_of(runs: Sequence[Results]) -> dict[str, str]:

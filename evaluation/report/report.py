@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,34 @@ def write_report(folders: Sequence[Path], output: Path, names: Sequence[str] | N
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "tables.csv", "\n".join(f"{table.title}\n{as_csv(table)}" for table in tables))
     write_text(output / "tables.md", "\n".join(as_markdown(table) for table in tables))
-    write_text(output / "tables.tex", "\n".join(f"% {table.title}\n{as_latex(table)}" for table in tables))
+    write_text(output / "tables.tex", "\n".join(as_latex(table) for table in tables))
     write_text(output / "report.html", page)
     return output / "report.html"
 
 
 def _read(folders: Sequence[Path], names: Sequence[str] | None) -> list[Results]:
-    runs = [read_results(folder, None if names is None else names[i]) for i, folder in enumerate(folders)]
-    if names is not None:
-        return runs
-    # As short as tells the models apart.
-    short = {run.title: run.summary["model"]["trainer"].removeprefix("nnUNetTrainer") or "stock" for run in runs}
-    models = {(run.title, run.summary["model"]["sha256"]) for run in runs}
-    if len({short[title] for title, _ in models}) < len(models):
-        short = {}
-    return [Results(run.folder, short.get(run.title, run.title), run.summary, run.samples, run.cases) for run in runs]
+    runs = [read_results(folder) for folder in folders]
+    titles = _titles(runs) if names is None else [" ".join(name.split()) for name in names]
+    weights: dict[str, str] = {}
+    for run, title in zip(runs, titles, strict=True):
+        if weights.setdefault(title, run.summary["model"]["sha256"]) != run.summary["model"]["sha256"]:
+            raise UserError(
+                f"Two models are both called {title}, one of them in {run.folder}; tell them apart with --names."
+            )
+    return [replace(run, title=title) for run, title in zip(runs, titles, strict=True)]
+
+
+def _titles(runs: Sequence[Results]) -> list[str]:
+    """As short as tells the models apart."""
+    models = [run.summary["model"] for run in runs]
+    short = [str(model["trainer"]).removeprefix("nnUNetTrainer") or "stock" for model in models]
+    ways = [short]
+    for more in (("configuration",), ("plans", "fold"), ("dataset", "checkpoint")):
+        ways.append([" ".join([title, *(str(model[key]) for key in more)])
+                     for title, model in zip(ways[-1], models, strict=True)])  # fmt: skip
+    different = {model["sha256"] for model in models}
+    told = (titles for titles in ways if len(set(titles)) >= len(different))
+    return next(told, ways[-1])
 
 
 def _refuse_twice(setting: Setting) -> None:
@@ -143,9 +157,9 @@ def _worst(setting: Setting) -> list[dict[str, Any]]:
     level = setting.telling_level
     if level is None:
         return []
-    key = setting.key(level)
     found = []
     for run in setting.runs:
+        key = setting.worst(run, level)
         for example in run.examples(key)[:WORST_SHOWN]:
             before, after = both_sides(example)
             found.append({

@@ -1,58 +1,89 @@
-"""What the figures say, in words."""
+"""What the figures say, in words; nothing is said to be more robust that is not so at every level."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum
 
 from nnunet_ima.evaluation.report.figures import NOISE, Setting, tvdi
 from nnunet_ima.evaluation.results import UNTOUCHED, Results
 from nnunet_ima.evaluation.statistics import Difference, Interval
+
+# Smaller differences than half a point of Dice do not matter, however sure they are.
+SMALLEST = 0.005
+DOUBT = 0.05
+
+
+class Order(Enum):
+    """How two models compare over all levels."""
+
+    BETTER = "more robust"
+    UNCLEAR = "not clearly different"
+    MIXED = "better at one level and worse at another"
+    UNPAIRED = "attacked on other samples"
+
+
+def compare(setting: Setting, run: Results, other: Results) -> Order:
+    """Is ``run``, of the higher mean, more robust than ``other``? p is corrected for the levels (Holm)."""
+    differences = [setting.difference(run, other, text) for text, _ in setting.levels]
+    known = [difference for difference in differences if difference is not None]
+    if not known:
+        return Order.UNPAIRED
+    found = _clear(known)
+    if any(difference.interval.value < 0 for difference in found):
+        return Order.MIXED
+    if any(difference.interval.high < -SMALLEST for difference in known):
+        return Order.MIXED
+    return Order.BETTER if found else Order.UNCLEAR
 
 
 def headline(setting: Setting) -> str:
     """The one sentence to remember of a setting."""
     level = setting.telling_level
     if level is None:
-        return "No attack was run on all models at the same level, so nothing can be compared."
-    key = setting.key(level)
-    ranked = sorted(setting.runs, key=lambda run: -tvdi(run, key))
-    best, worst = ranked[0], ranked[-1]
-    at = f"{setting.norm_name} {level}"
-    if len(ranked) == 1:
+        return "No attack was run on all models at the same levels, so nothing can be compared."
+    best, *others = setting.ranked
+    if not others:
+        key = setting.worst(best, level)
         return (
-            f"At {at}, {key[0]} takes {best.title} from {percent(setting.interval(best, UNTOUCHED))} to "
-            f"{percent(setting.interval(best, key))} Dice."
+            f"At {setting.norm_name} {level}, {key[0]} takes {best.title} from "
+            f"{percent(setting.interval(best, setting.start))} Dice on {setting.start_name} to "
+            f"{percent(setting.interval(best, key))}."
         )
-    difference = setting.difference(best, worst, key)
-    held = f"{percent(setting.interval(best, key))} Dice against {percent(setting.interval(worst, key))}"
-    if difference is None:
-        return f"At {at} under {key[0]}, {best.title} holds {held} of {worst.title}, on other samples."
-    if not difference.interval.known:
-        return (
-            f"At {at} under {key[0]}, {best.title} holds {held} of {worst.title}; with so few samples nobody can say "
-            f"whether that is chance."
-        )
-    if not difference.clear:
-        return f"At {at} under {key[0]}, no model is clearly more robust: {best.title} holds {held} of {worst.title}."
-    return (
-        f"{best.title} is more robust than {worst.title}: at {at} under {key[0]} it holds {held}, "
-        f"{points(difference)} more."
+    orders = {other.title: compare(setting, best, other) for other in others}
+    beaten = [other for other in others if orders[other.title] is Order.BETTER]
+    if not beaten:
+        return _no_winner(setting, best, others[0], orders[others[0].title])
+    shown = min(beaten, key=lambda other: -setting.robust_mean(other))
+    difference = setting.difference(best, shown, level)
+    assert difference is not None
+    sentence = (
+        f"{best.title} is more robust than {_and(other.title for other in beaten)}: at {setting.norm_name} {level}, "
+        f"under the worst attack on each, it holds {percent(setting.interval(best, setting.worst(best, level)))} Dice "
+        f"against {percent(setting.interval(shown, setting.worst(shown, level)))}"
     )
+    if len(beaten) > 1:
+        sentence += f" of {shown.title}"
+    sentence += f", {points(difference)} more."
+    rest = [title for title, order in orders.items() if order is not Order.BETTER]
+    return sentence + (f" Against {_and(rest)} the order is not clear." if rest else "")
 
 
 def price(setting: Setting) -> str:
-    """What the more robust model costs on clean scans."""
-    level = setting.telling_level
-    if level is None or len(setting.runs) == 1:
+    """What the more robust model costs on clean scans; empty if none is."""
+    if setting.telling_level is None or len(setting.runs) == 1:
         return ""
-    key = setting.key(level)
-    ranked = sorted(setting.runs, key=lambda run: -tvdi(run, key))
-    best, worst = ranked[0], ranked[-1]
-    difference = setting.difference(worst, best, UNTOUCHED)
-    clean = f"{percent(setting.interval(best, UNTOUCHED))} against {percent(setting.interval(worst, UNTOUCHED))}"
-    if difference is None:
-        return f"On clean scans they have {clean}."
-    if not difference.clear:
+    best, *others = setting.ranked
+    beaten = [other for other in others if compare(setting, best, other) is Order.BETTER]
+    if not beaten:
+        return ""
+    reference = max(beaten, key=lambda run: tvdi(run, UNTOUCHED))
+    difference = setting.difference(reference, best, None)
+    clean = (
+        f"{percent(setting.interval(best, UNTOUCHED))} against {percent(setting.interval(reference, UNTOUCHED))} of "
+        f"{reference.title}"
+    )
+    if difference is None or not difference.clear:
         return f"On clean scans no difference can be told: {clean}."
     if difference.interval.value < 0:
         return f"It costs nothing on clean scans: {clean}."
@@ -63,9 +94,11 @@ def about(setting: Setting, run: Results) -> str:
     """A model by itself."""
     level = setting.telling_level
     clean = f"{run.title}: {percent(setting.interval(run, UNTOUCHED))} Dice on clean scans"
+    if setting.start != UNTOUCHED:
+        clean += f", {percent(setting.interval(run, setting.start))} on {setting.start_name}"
     if level is None:
         return clean + "."
-    key = setting.key(level)
+    key = setting.worst(run, level)
     figures = run.figures(key) or {}
     sentence = (
         f"{clean}, {percent(setting.interval(run, key))} at {setting.norm_name} {level} under {key[0]}, where "
@@ -89,14 +122,46 @@ def warnings(run: Results) -> Iterator[str]:
 
 
 def percent(interval: Interval) -> str:
-    """``58.3 % (95 % interval 54.9 to 61.0)``."""
+    """``58.3 % (54.9 to 61.0)``."""
     text = f"{100 * interval.value:.1f} %"
     return f"{text} ({100 * interval.low:.1f} to {100 * interval.high:.1f})" if interval.known else text
 
 
 def points(difference: Difference) -> str:
-    """``33.6 points (30.1 to 37.2)``."""
+    """``33.6 points (30.1 to 37.2)``, of a difference whose sign the sentence tells."""
     interval = difference.interval
     text = f"{100 * abs(interval.value):.1f} points"
-    ends = sorted((100 * abs(interval.low), 100 * abs(interval.high)))
-    return f"{text} ({ends[0]:.1f} to {ends[1]:.1f})" if interval.known else text
+    ends = (interval.low, interval.high) if interval.value >= 0 else (-interval.high, -interval.low)
+    return f"{text} ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if interval.known else text
+
+
+def _no_winner(setting: Setting, best: Results, other: Results, order: Order) -> str:
+    level = str(setting.telling_level)
+    held = (
+        f"at {setting.norm_name} {level}, under the worst attack on each, {best.title} holds "
+        f"{percent(setting.interval(best, setting.worst(best, level)))} Dice and {other.title} "
+        f"{percent(setting.interval(other, setting.worst(other, level)))}"
+    )
+    if order is Order.UNPAIRED:
+        return f"The models were attacked on other samples, so they are not compared; {held}."
+    if order is Order.MIXED:
+        return f"Which model is more robust depends on the level: {held}, while another level says the opposite."
+    few = not setting.interval(best, UNTOUCHED).known
+    why = "with so few samples nobody can say whether a difference is chance" if few else "no difference is clear"
+    return f"No model is clearly more robust, {why}: {held}."
+
+
+def _clear(differences: list[Difference]) -> list[Difference]:
+    """Those that are hardly chance, by Holm's correction, and large enough to matter."""
+    found = []
+    for rank, difference in enumerate(sorted(differences, key=lambda one: (one.p != one.p, one.p))):
+        if not difference.p < DOUBT / (len(differences) - rank):
+            break
+        if difference.clear and abs(difference.interval.value) >= SMALLEST:
+            found.append(difference)
+    return found
+
+
+def _and(titles: Iterator[str] | list[str]) -> str:
+    names = list(titles)
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

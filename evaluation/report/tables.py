@@ -42,13 +42,18 @@ class Table:
     names: int = 1
 
 
-def robustness_table(setting: Setting) -> Table:
+def robustness_table(setting: Setting) -> Table | None:
     """Table 3's layout: a row for each attack and model, clean and all levels, and their mean; the best in bold."""
-    head = ["model", "attack", "clean", *(f"{setting.norm_name} {text}" for text, _ in setting.levels), "Avg"]
+    if not setting.attacks:
+        return None
+    clamped = setting.start != UNTOUCHED
+    starts = [("clean", UNTOUCHED), *([("clamp only", setting.start)] if clamped else [])]
+    head = ["model", "attack", *(name for name, _ in starts)]
+    head += [*(f"{setting.norm_name} {text}" for text, _ in setting.levels), "Avg"]
     rows: list[list[Cell]] = []
     for attack in setting.attacks:
         columns = []
-        keys = [UNTOUCHED, *((attack, text) for text, _ in setting.levels)]
+        keys = [*(key for _, key in starts), *((attack, text) for text, _ in setting.levels)]
         for key in keys:
             intervals = [setting.interval(run, key) for run in setting.runs]
             columns.append(_marked([_dice(one.value, one.low, one.high) for one in intervals]))
@@ -60,35 +65,37 @@ def robustness_table(setting: Setting) -> Table:
         f"change, not what another training would). Avg is the mean of clean and all levels, as in Table 3 of the "
         f"paper. Bold: the best model of a column, for each attack."
     )
+    if clamped:
+        note += " Clamp only: what the protocol does to the scans before any attack."
     return Table(f"TVDI under each attack: {setting.name}", head, rows, note, names=2)
 
 
 def difference_table(setting: Setting) -> Table | None:
     """Each model against the first one given, case by case."""
-    if len(setting.runs) < 2 or not setting.comparable:
+    if len(setting.runs) < 2 or not setting.comparable or not setting.attacks:
         return None
     first = setting.runs[0]
-    keys = [UNTOUCHED, *(setting.key(text) for text, _ in setting.levels)]
     rows = []
     for run in setting.runs[1:]:
-        for key in keys:
-            found = setting.difference(run, first, key)
+        for level in (None, *(text for text, _ in setting.levels)):
+            found = setting.difference(run, first, level)
             assert found is not None
             low, high = 100 * found.interval.low, 100 * found.interval.high
             shown = f"{low:+.1f} to {high:+.1f}" if found.interval.known else "too little to tell"
-            where = "clean" if key == UNTOUCHED else f"{key[0]}, {setting.norm_name} {key[1]}"
+            where = "clean" if level is None else f"{setting.norm_name} {level}"
             p = "–" if found.p != found.p else ("< 0.001" if found.p < 0.001 else f"{found.p:.3f}")
             rows.append([
                 Cell(run.title), Cell(where), Cell(f"{100 * found.interval.value:+.1f}", found.interval.value),
                 Cell(shown, low), Cell(p, found.p),
             ])  # fmt: skip
     note = (
-        f"TVDI in points minus that of {first.title}, on the same samples: 95 % interval by paired bootstrap over "
-        f"{setting.unit_resampled}, p by a permutation test that swaps the two models' results of one. Not corrected "
-        f"for the number of comparisons."
+        f"TVDI in points minus that of {first.title}, on the same samples, each under the attack that is worst for it: "
+        f"95 % interval by paired bootstrap over {setting.unit_resampled}, p by a permutation test that swaps the two "
+        f"models' results of one. Not corrected for the number of comparisons; the sentences on top are, for the "
+        f"number of levels."
     )
     title = f"Against {first.title}: {setting.name}"
-    return Table(title, ["model", "condition", "difference", "95 % interval", "p"], rows, note, names=2)
+    return Table(title, ["model", "level", "difference", "95 % interval", "p"], rows, note, names=2)
 
 
 def further_table(setting: Setting) -> Table:
@@ -96,13 +103,15 @@ def further_table(setting: Setting) -> Table:
     head = ["model", "attack", "level", "TVDI", "ADI", "correct", "case Dice", "HD95 (mm)", "surface Dice", "passes"]
     rows = []
     for run in setting.runs:
-        for figures in (run.summary["clean"], *run.attacked):
+        clamped = [("none, clamped", run.summary["clamp_only"])] if "clamp_only" in run.summary else []
+        attacked = [(str(item["attack"]), item) for item in run.attacked]
+        for name, figures in (("none (clean)", run.summary["clean"]), *clamped, *attacked):
             passes = figures.get("forward_passes_per_sample")
             backward = figures.get("backward_passes_per_sample")
             shares = [figures[name] for name in ("tvdi", "adi", "robust_share", "case_dice")]
             spent = None if passes is None else float(passes) + float(backward)
             rows.append([
-                Cell(run.title), Cell(figures.get("attack", "none (clean)")), Cell(figures.get("level", "0")),
+                Cell(run.title), Cell(name), Cell(figures.get("level", "0")),
                 *(_dice(_number(share)) for share in shares), _plain(figures["hd95"], ".1f"),
                 _dice(_number(figures["surface_dice"])), _plain(spent, ".0f"),
             ])  # fmt: skip
@@ -119,37 +128,37 @@ def case_table(setting: Setting) -> Table | None:
     level = setting.telling_level
     if level is None:
         return None
-    key = setting.key(level)
     at = f"{setting.norm_name} {level}"
+    # One kind of Dice for all, or they could not be compared.
+    whole = all(run.cases.get(key) for run in setting.runs for key in (UNTOUCHED, setting.worst(run, level)))
     head, columns = ["case"], []
     for run in setting.runs:
         head += [f"{run.title}: Dice clean", f"{run.title}: Dice at {at}"]
-        columns += [run.case_dice(UNTOUCHED), run.case_dice(key)]
+        columns += [run.case_dice(UNTOUCHED, whole), run.case_dice(setting.worst(run, level), whole)]
     names = sorted({name for column in columns for name in column})
     rows = [[Cell(name), *(_dice(column.get(name, float("nan"))) for column in columns)] for name in names]
-    if all(run.cases.get(key) for run in setting.runs):
-        for kind, title in (("hd95_mm", "HD95 (mm)"), ("surface_dice_1mm", "surface Dice")):
-            for run in setting.runs:
-                head.append(f"{run.title}: {title} at {at}")
-                for row in rows:
-                    value = nan_mean(run.cases[key].get(row[0].text, {}).get(kind, []))
-                    row.append(_plain(value, ".1f") if kind == "hd95_mm" else _dice(value))
-    whole = all(run.cases.get(UNTOUCHED) for run in setting.runs)
+    for kind, title in (("hd95_mm", "HD95 (mm)"), ("surface_dice_1mm", "surface Dice")) if whole else ():
+        for run in setting.runs:
+            head.append(f"{run.title}: {title} at {at}")
+            for row in rows:
+                value = nan_mean(run.cases[setting.worst(run, level)].get(row[0].text, {}).get(kind, []))
+                row.append(_plain(value, ".1f") if kind == "hd95_mm" else _dice(value))
     origin = "nnU-Net's, of the whole case" if whole else "of the case's attacked samples together"
-    note = f"Dice in %, mean of the classes, {origin}; under {key[0]}."
+    note = f"Dice in %, mean of the classes, {origin}; each model under the attack that is worst for it."
     return Table(f"Case by case: {setting.name}", head, rows, note)
 
 
 def published_table(setting: Setting) -> Table | None:
     """The paper's figures for this data set, norm and protocol beside ours."""
     published = published_for(setting.runs[0].summary)
-    if not published:
+    if not published or not setting.attacks:
         return None
     levels = sorted({*dict(setting.levels), *(text for row in published for text in row.levels)}, key=Fraction)
     head = ["model", "source", "clean", *(f"{setting.norm_name} {text}" for text in levels)]
+    here = dict(setting.levels)
     rows = [
-        [Cell(run.title), Cell("here, strongest attack"), _dice(tvdi(run, UNTOUCHED)),
-         *(_dice(tvdi(run, setting.key(text))) if text in dict(setting.levels) else Cell("–") for text in levels)]
+        [Cell(run.title), Cell("here, worst attack that was run"), _dice(tvdi(run, UNTOUCHED)),
+         *(_dice(tvdi(run, setting.worst(run, text))) if text in here else Cell("–") for text in levels)]
         for run in setting.runs
     ]  # fmt: skip
     rows += [
@@ -170,9 +179,9 @@ def class_table(setting: Setting) -> Table | None:
     classes = [str(name) for name in setting.runs[0].summary["classes"]]
     if level is None or len(classes) < 2:
         return None
-    key = setting.key(level)
     rows = []
     for run in setting.runs:
+        key = setting.worst(run, level)
         for where, name in ((UNTOUCHED, "clean"), (key, f"{key[0]}, {setting.norm_name} {level}")):
             counts = run.samples[where].counts.sum(0)
             whole = 2 * counts[:, 0] + counts[:, 1] + counts[:, 2]
@@ -206,21 +215,23 @@ def as_markdown(table: Table) -> str:
 def as_latex(table: Table) -> str:
     """A table with booktabs' rules."""
     columns = "l" * table.names + "r" * (len(table.head) - table.names)
-    lines = [r"\begin{tabular}{" + columns + "}", r"\toprule", _latex_row([escape_latex(t) for t in table.head])]
-    lines.append(r"\midrule")
+    lines = [rf"% {' '.join(table.title.split())}", r"\begin{tabular}{" + columns + "}", r"\toprule"]
+    lines += [_latex_row([escape_latex(text) for text in table.head]), r"\midrule"]
     for row in table.rows:
         cells = [rf"\textbf{{{escape_latex(c.text)}}}" if c.best else escape_latex(c.text) for c in row]
-        lines.append(_latex_row(cells))
+        notes = [rf" {{\scriptsize ({escape_latex(c.note)})}}" if c.note else "" for c in row]
+        lines.append(_latex_row([cell + note for cell, note in zip(cells, notes, strict=True)]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {' '.join(table.note.split())}", ""])
 
 
 def escape_latex(text: str) -> str:
     """So that names stand as they are."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
 def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(cells) + r" \\"
+    # After a line's end LaTeX takes [ for the beginning of an option, and a star too.
+    return "{}" + " & ".join(cells) + r" \\"
 
 
 def _full(cell: Cell) -> str:
