@@ -410,7 +410,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(std_2d, in_peace, tmp_path, 
 
     monkeypatch.setattr(models, "_build_network", small)
     output = tmp_path / "run"
-    assert main(["evaluate", "-m", str(std_2d), "-o", str(output), *WAY, "--no-cases"]) == 0
+    assert main(["evaluate", "-m", str(std_2d), "-o", str(output), *WAY]) == 0
     written = capsys.readouterr()
     assert "The memory was not enough" in written.out + written.err
     assert max(sizes) == 8
