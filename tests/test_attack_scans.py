@@ -176,7 +176,7 @@ def test_a_scan_without_contrast_cannot_be_undone(model):
     scan, case = read_scan(model, name), ValidationCases(model).load(name)
     flat = type(scan)(scan.files, np.full_like(scan.image, 7.0), scan.properties)
     nothing = np.zeros(case.image[(slice(None), *case.unpad)].shape, np.float32)
-    with pytest.raises(UserError, match="same everywhere|preprocess again"):
+    with pytest.raises(UserError, match=r"same everywhere|preprocess again"):
         perturb_scan(model, flat, case, nothing)
 
 
