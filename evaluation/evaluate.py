@@ -17,6 +17,7 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.environment import choose_device
 from nnunet_ima.evaluation.identity import FILE as RUN_FILE
+from nnunet_ima.evaluation.journal import Journal
 from nnunet_ima.evaluation.merge import merge
 from nnunet_ima.evaluation.models import Fold, find_model_folder, load_model
 from nnunet_ima.evaluation.protocols import Protocol, ProtocolName, parse_level
@@ -153,7 +154,8 @@ def _make_writable(folder: Path) -> None:
 
 def _remove_if_nothing_was_done(folder: Path) -> None:
     """Of a run that could not even begin nothing stays."""
-    if not any(records.stat().st_size for records in folder.glob(f"{RECORDS}/*/journal.jsonl")):
+    journals = folder.glob(f"{RECORDS}/*/journal.jsonl")
+    if not any(record.get("kind") == "sample" for file in journals for record in Journal(file).read()):
         shutil.rmtree(folder / RECORDS, ignore_errors=True)
         (folder / RUN_FILE).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it was empty before, or is not now

@@ -578,3 +578,15 @@ def test_an_unknown_trainer_setting_does_not_hinder_the_evaluation(project, mode
     write(model / "plans.json", plans)
     with quiet():
         assert main(["evaluate", "-o", str(tmp_path / "out"), *model_arguments(model)]) == 0
+
+
+def test_a_network_that_gives_no_numbers_leaves_nothing_behind(refused, model):
+    """It fails at the first sample, when the run has begun already."""
+    file = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    checkpoint["network_weights"] = {
+        key: value * float("nan") if value.is_floating_point() else value
+        for key, value in checkpoint["network_weights"].items()
+    }
+    torch.save(checkpoint, file)
+    assert "NaN" in refused(*model_arguments(model))

@@ -171,9 +171,18 @@ def test_what_cannot_be_measured_is_found_out_before_anything_is_measured_or_rem
 
 
 def test_somebody_elses_results_are_not_removed(hardened, tmp_path, capsys):
+    """Neither a folder of another version, nor a run that a user made with evaluate."""
     other = tmp_path / "checkpoint_final"
     other.mkdir()
     (other / "summary.json").write_text('{"command": "nnunet_ima evaluate"}', encoding="utf-8")
     assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 2
-    assert "another command" in capsys.readouterr().err
+    assert "move them away" in capsys.readouterr().err
     assert read(other / "summary.json") == {"command": "nnunet_ima evaluate"}
+    (other / "summary.json").unlink()
+    mine = ("-m", str(hardened), "-o", str(other), "--levels", "3", "--attacks", "pgd:steps=1", "--max-samples", "2")
+    assert main(["evaluate", *mine, "--no-cases", "-device", "cpu"]) == 0
+    before = {file: file.read_bytes() for file in other.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 2
+    assert "holds the results of another evaluation" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in other.rglob("*") if file.is_file()} == before
