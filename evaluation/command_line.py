@@ -140,9 +140,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
     parser.add_argument("--levels", nargs="+", help="default 5 15 25 for l2, 2/255 4/255 8/255 for linf")
     parser.add_argument(
-        "--attacks", nargs="+", default=["white-noise", "apgd"],
+        "--attacks", nargs="+", default=["white-noise", "autoattack:version=fast"],
         help="names, with their settings if wanted: white-noise fgsm ifgsm pgd:steps=100,restarts=5 bpgd apgd:loss=dlr "
-        "apgd-t fab square spsa autoattack:version=fast,mode=threshold (docs/attacks.md); default: white-noise apgd",
+        "apgd-t fab square spsa autoattack:version=standard,mode=threshold (docs/attacks.md); default: white-noise "
+        "autoattack:version=fast",
     )  # fmt: skip
     parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
     parser.add_argument("--batch-size", type=_positive, default=64, help="samples at once; changes no number")
