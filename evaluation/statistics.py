@@ -80,14 +80,19 @@ class Difference(NamedTuple):
 
 
 def tvdi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
-    """Of two models on the same units, (units, F, 3) each: paired bootstrap, and permutation test that swaps units."""
+    """Of two models on the same units: paired bootstrap, and permutation test that swaps the models' results of a unit.
+
+    Args:
+        one, other: (units, F, 3) each, or (levels, units, F, 3) for the mean TVDI over levels.
+        seed: of the resampling.
+    """
     if one.shape != other.shape:
         raise ValueError(f"counts of shapes {one.shape} and {other.shape} cannot be paired")
-    cases = len(one)
+    cases = one.shape[-3]
     value = float(_tvdi(one, np.arange(cases)) - _tvdi(other, np.arange(cases)))
     if cases < FEWEST:
         return Difference(Interval(value, np.nan, np.nan), np.nan)
-    both = np.concatenate([one, other])
+    both = np.concatenate([one, other], axis=-3)
 
     def difference(index: np.ndarray, opposite: np.ndarray, axis: int) -> Array:
         ours, theirs = (np.moveaxis(part, axis, -1) for part in (index, opposite))
@@ -107,7 +112,9 @@ def tvdi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
 
 
 def _tvdi(counts: Array, index: np.ndarray) -> Array:
-    """TVDI (...,) of the cases that ``index`` (..., n) names."""
+    """TVDI (...,) of the units that ``index`` (..., n) names; of several levels their mean."""
+    if counts.ndim == 4:
+        return np.asarray(np.mean([_tvdi(level, index) for level in counts], axis=0))
     pooled = counts[index].sum(-3)
     dice = class_scores(pooled[..., 0], pooled[..., 1], pooled[..., 2])
     there = ~np.isnan(dice)

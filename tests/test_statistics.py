@@ -98,6 +98,22 @@ def test_a_class_that_never_occurs_does_not_count():
     assert tvdi_interval(counts).known
 
 
+@given(st.integers(0, 10**6), st.integers(6, 10), st.integers(1, 4))
+def test_the_mean_over_levels_is_that_of_the_levels(seed, cases, levels):
+    one, other = (np.stack([some_cases(seed + 100 * n + which, cases, 0.5) for n in range(levels)]) for which in (0, 7))
+    found = tvdi_difference(one, other)
+    wanted = np.mean([tvdi(a) - tvdi(b) for a, b in zip(one, other, strict=True)])
+    assert found.interval.value == pytest.approx(wanted)
+    if levels == 1:
+        assert found == tvdi_difference(one[0], other[0])
+
+
+def test_cases_and_not_levels_are_swapped():
+    """Ten levels that say the same of six cases say no more than one level."""
+    one, other = some_cases(3, 6, 0.8), some_cases(4, 6, 0.5)
+    assert tvdi_difference(np.stack([one] * 10), np.stack([other] * 10)).p == tvdi_difference(one, other).p
+
+
 def test_other_cases_cannot_be_paired():
     with pytest.raises(ValueError, match="cannot be paired"):
         tvdi_difference(some_cases(0, 4, 0.5), some_cases(0, 5, 0.5))

@@ -133,6 +133,18 @@ class Setting:
         one, two = run.samples[key], other.samples[their_key]
         return tvdi_difference(units(one.cases, one.counts)[1], units(two.cases, two.counts)[1])
 
+    def mean_difference(self, run: Results, other: Results) -> Difference | None:
+        """Of the mean TVDI over the attacked levels: one question, however many levels there are."""
+        if not self.comparable or not self.attacks:
+            return None
+        one, two = (
+            np.stack([units(table.cases, table.counts)[1] for table in tables])
+            for tables in (
+                [model.samples[self.worst(model, text)] for text, _ in self.levels] for model in (run, other)
+            )
+        )
+        return tvdi_difference(one, two)
+
     def mean_over_levels(self, run: Results, attack: str) -> float:
         """Mean TVDI over clean and all levels: Table 3's Avg."""
         return nan_mean([tvdi(run, UNTOUCHED), *(tvdi(run, (attack, level)) for level, _ in self.levels)])

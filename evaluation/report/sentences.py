@@ -11,7 +11,6 @@ from nnunet_ima.evaluation.statistics import Difference, Interval
 
 # Smaller differences than half a point of Dice do not matter, however sure they are.
 SMALLEST = 0.005
-DOUBT = 0.05
 
 
 class Order(Enum):
@@ -24,17 +23,17 @@ class Order(Enum):
 
 
 def compare(setting: Setting, run: Results, other: Results) -> Order:
-    """Is ``run``, of the higher mean, more robust than ``other``? p is corrected for the levels (Holm)."""
-    differences = [setting.difference(run, other, text) for text, _ in setting.levels]
-    known = [difference for difference in differences if difference is not None]
-    if not known:
+    """Is ``run``, of the higher mean over levels, more robust than ``other``?
+
+    That is asked once, of the mean; no single level may clearly say the opposite.
+    """
+    mean = setting.mean_difference(run, other)
+    if mean is None:
         return Order.UNPAIRED
-    found = _clear(known)
-    if any(difference.interval.value < 0 for difference in found):
+    levels = [setting.difference(run, other, text) for text, _ in setting.levels]
+    if any(one is not None and one.interval.high < -SMALLEST for one in levels):
         return Order.MIXED
-    if any(difference.interval.high < -SMALLEST for difference in known):
-        return Order.MIXED
-    return Order.BETTER if found else Order.UNCLEAR
+    return Order.BETTER if mean.clear and mean.interval.value >= SMALLEST else Order.UNCLEAR
 
 
 def headline(setting: Setting) -> str:
@@ -149,17 +148,6 @@ def _no_winner(setting: Setting, best: Results, other: Results, order: Order) ->
     few = not setting.interval(best, UNTOUCHED).known
     why = "with so few samples nobody can say whether a difference is chance" if few else "no difference is clear"
     return f"No model is clearly more robust, {why}: {held}."
-
-
-def _clear(differences: list[Difference]) -> list[Difference]:
-    """Those that are hardly chance, by Holm's correction, and large enough to matter."""
-    found = []
-    for rank, difference in enumerate(sorted(differences, key=lambda one: (one.p != one.p, one.p))):
-        if not difference.p < DOUBT / (len(differences) - rank):
-            break
-        if difference.clear and abs(difference.interval.value) >= SMALLEST:
-            found.append(difference)
-    return found
 
 
 def _and(titles: Iterator[str] | list[str]) -> str:

@@ -91,8 +91,8 @@ def difference_table(setting: Setting) -> Table | None:
     note = (
         f"TVDI in points minus that of {first.title}, on the same samples, each under the attack that is worst for it: "
         f"95 % interval by paired bootstrap over {setting.unit_resampled}, p by a permutation test that swaps the two "
-        f"models' results of one. Not corrected for the number of comparisons; the sentences on top are, for the "
-        f"number of levels."
+        f"models' results of one. Not corrected for the number of comparisons; the sentence on top asks once, of "
+        f"the mean over the attacked levels."
     )
     title = f"Against {first.title}: {setting.name}"
     return Table(title, ["model", "level", "difference", "95 % interval", "p"], rows, note, names=2)
