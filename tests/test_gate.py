@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from results_of_runs import make_run
 
 from nnunet_ima.evaluation.command_line import main
-from nnunet_ima.evaluation.gate import Judgement, Verdict, junit, markdown, overall, parse_minimum
+from nnunet_ima.evaluation.gate import Judgement, Verdict, _judge_change, junit, markdown, overall, parse_minimum
 from nnunet_ima.evaluation.results import read_results
+from nnunet_ima.evaluation.statistics import Interval
 
 
 @pytest.fixture
@@ -194,6 +195,15 @@ def test_other_references_are_other_samples(gate, good, tmp_path):
 def test_intervals_of_samples_say_so(gate, tmp_path):
     few = make_run(tmp_path / "few", cases=2, tiles=40)
     assert "it is too narrow" in gate(few, "--min", "clean tvdi>=0.5")[1]
+
+
+@given(st.lists(st.floats(-0.5, 0.5), min_size=3, max_size=3), st.floats(0, 0.3), st.booleans())
+def test_a_change_is_judged_by_its_whole_interval(ends, allowed, paired):
+    low, value, high = sorted(ends)
+    verdict, _ = _judge_change(Interval(value, low, high), allowed, paired)
+    assert (verdict is Verdict.MET) == (low >= -allowed)
+    assert (verdict is Verdict.BROKEN) == (high < -allowed)
+    assert _judge_change(Interval(value, float("nan"), float("nan")), allowed, paired)[0] is Verdict.UNKNOWN
 
 
 # ---- bad input
