@@ -126,7 +126,7 @@ class Setting:
         keys = [UNTOUCHED if level is None else self.worst(one, level) for one in (run, other)]
         return self._difference(run, keys[0], other, keys[1])
 
-    @cache  # noqa: B019
+    @cache  # noqa: B019 (settings live as long as the report)
     def _difference(self, run: Results, key: Key, other: Results, their_key: Key) -> Difference | None:
         if not self.comparable:
             return None
