@@ -122,7 +122,7 @@ def test_sat_is_pgd_and_the_loss_on_what_it_finds(project, results, configuratio
     for i in range(len(images)):
         clean = images[i : i + 1]
         point = pulled_back(clean + noise[i : i + 1], clean, EPSILON)
-        objective = lambda p, i=i: slow_loss(trainer, p, one(targets, i))  # noqa: E731
+        objective = lambda p, i=i: slow_loss(trainer, p, one(targets, i))  # noqa: E731 (one line a sample)
         expected.append(slow_pgd(clean, point, EPSILON, SETTINGS["steps"], 4.0, objective))
     close(seen, torch.cat(expected))
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_trades_climbs_the_divergence_and_adds_it_to_the_clean_loss(
         clean = images[i : i + 1]
         with torch.no_grad():
             fixed = trainer.network(clean)
-        objective = lambda p, fixed=fixed: slow_kl(trainer, fixed, p)  # noqa: E731
+        objective = lambda p, fixed=fixed: slow_kl(trainer, fixed, p)  # noqa: E731 (one line a sample)
         point = pulled_back(clean + noise[i : i + 1], clean, EPSILON)
         expected.append(slow_pgd(clean, point, EPSILON, 4, 2.0, objective))
         divergences.append(float(slow_kl(trainer, fixed, seen[i : i + 1]).detach()))
