@@ -80,6 +80,33 @@ class SmallNetwork:
 
 
 @dataclass(frozen=True)
+class PlannedNetwork:
+    """A configuration as nnU-Net planned it.
+
+    Attributes:
+        name: of the planned configuration.
+    """
+
+    name: str = "2d"
+
+    @property
+    def parent(self) -> str:
+        """The planned configuration."""
+        return self.name
+
+    def configuration(self, plans: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The entry for a plans file: nothing but the settings is its own.
+
+        Raises:
+            UserError: nnU-Net planned no such configuration.
+        """
+        if self.name not in plans["configurations"]:
+            planned = ", ".join(plans["configurations"])
+            raise UserError(f"nnU-Net planned no configuration {self.name!r} for this dataset; it planned {planned}.")
+        return {"inherits_from": self.name, "nnunet_ima": dict(settings)}
+
+
+@dataclass(frozen=True)
 class Attacks:
     """How a model is evaluated: arguments of ``nnunet_ima evaluate``."""
 
@@ -97,14 +124,27 @@ class Pipeline:
     Args:
         output: where everything goes.
         plans_name: of the plans file that holds the small configurations; nnU-Net's own stays as it is.
-        network: the small configuration; each trainer gets one of its own, for its settings.
+        network: the configuration; each trainer gets one of its own, for its settings.
         device: for training and attack.
+        workers: processes that augment for a training.
+        logs: where commands log, and what is done is noted; two commands at once need two of these.
+        compiled: whether nnU-Net may compile the network.
     """
 
-    def __init__(self, output: Path, plans_name: str, network: SmallNetwork, device: str) -> None:
+    def __init__(
+        self,
+        output: Path,
+        plans_name: str,
+        network: SmallNetwork | PlannedNetwork,
+        device: str,
+        workers: int = 1,
+        logs: str = "logs",
+        compiled: bool = False,
+    ) -> None:
         self.output, self.plans_name, self.network, self.device = output.resolve(), plans_name, network, device
+        self.workers, self.logs, self.compiled = workers, self.output / logs, compiled
         self.folders = {name: self.output / name for name in FOLDERS}
-        for folder in (*self.folders.values(), self.output / "logs"):
+        for folder in (*self.folders.values(), self.logs):
             folder.mkdir(parents=True, exist_ok=True)
 
     def prepare(self, task: Path) -> Path:
@@ -118,7 +158,7 @@ class Pipeline:
         if others:
             raise UserError(f"{self.output} already holds work on {others[0]}; give another output folder.")
         number = str(task_number(view))
-        if not (self.output / "logs" / "convert.done").is_file():
+        if not (self.logs / "convert.done").is_file():
             # What a killed conversion left: nnU-Net refuses to convert into a dataset that is there.
             for half in self.folders["nnUNet_raw"].glob(f"Dataset{int(number):03d}_*"):
                 shutil.rmtree(half)
@@ -172,7 +212,7 @@ class Pipeline:
 
     def _refuse_other_settings(self, step: str, method: Method) -> None:
         """A model that was trained with other settings must not pass for one trained with these."""
-        file = self.output / "logs" / f"{step}.settings.json"
+        file = self.logs / f"{step}.settings.json"
         wanted = json.dumps(dict(method.settings), sort_keys=True)
         if file.is_file() and file.read_text(encoding="utf-8") != wanted:
             raise UserError(
@@ -215,7 +255,7 @@ class Pipeline:
     @property
     def steps(self) -> Steps:
         """The commands, with nnU-Net's folders in ``output``."""
-        return Steps(self.output / "logs", self._environment())
+        return Steps(self.logs, self._environment())
 
     def _environment(self) -> dict[str, str]:
         # One core loads and augments; more than four gain nothing on networks as small as these.
@@ -227,9 +267,9 @@ class Pipeline:
             **os.environ,
             **{name: str(folder) for name, folder in self.folders.items()},
             "nnUNet_extTrainer": str(trainers_folder()),
-            "nnUNet_n_proc_DA": "1",
+            "nnUNet_n_proc_DA": str(self.workers),
             "nnUNet_def_n_proc": "2",
-            "nnUNet_compile": "0",
+            "nnUNet_compile": "1" if self.compiled else "0",
             "PYTHONUNBUFFERED": "1",
         }
 

@@ -12,9 +12,6 @@ from nnunet_ima.attacks.oracle import Oracle, undisturbed
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.precision import Autocast
 
-LARGEST_ERROR = 0.01
-"""Above it, attacks run in single precision: with worse gradients they look weaker than they are."""
-
 
 class GradientError(NamedTuple):
     """What mixed precision does to the gradient of a loss with respect to the image.

@@ -24,14 +24,19 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from nnunet_ima import __version__
+from nnunet_ima.attack_losses import LossFunction
+from nnunet_ima.attack_strength import LEAST_STRENGTH, attack_strength
+from nnunet_ima.attacks.graphs import CudaGraphs
+from nnunet_ima.attacks.oracle import Oracle, undisturbed
 from nnunet_ima.checkpoints import safe_load, training_cases
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.files import atomic_path, remove_leftovers, write_text
 from nnunet_ima.fixed_patches import fixed_patches
-from nnunet_ima.gradient_error import LARGEST_ERROR, gradient_error
+from nnunet_ima.gradient_error import gradient_error
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, SegmentationLoss, first
+from nnunet_ima.lp import random_in_ball
 from nnunet_ima.margins import SampleId
 from nnunet_ima.precision import Autocast, training_autocast, use_exact_convolutions
 from nnunet_ima.robust_dice import RobustDice
@@ -90,8 +95,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     reads: ClassVar[Collection[str]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
     loader_class: ClassVar[type[TileDataLoader]] = TileDataLoader
-    # Whether the inner attack can do with fp16 at all.
-    attacks_in_mixed_precision: ClassVar[bool] = True
+    # Of how many sizes the passes of the inner attack are: 1 if it always attacks the whole batch.
+    attack_sizes: ClassVar[int] = 1
     # What a variant changes about nnU-Net's length and learning rate; the user's settings go before it.
     lengths: ClassVar[Mapping[str, Any]] = {}
 
@@ -128,6 +133,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self._robust_dice: RobustDice | None = None
         self._by_cpu: Any = None
         self.attack_autocast: Autocast = nullcontext
+        self._graphs: CudaGraphs | None = None
+        self._refusal_told = False
         # Whether it started with -pretrained_weights, of which nnU-Net tells a trainer nothing.
         self._unknown_start = False
         # Cases that the weights learned from before this training.
@@ -211,7 +218,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self.settings = self.configured.settings
         self.criterion = DiceCriterion(self.settings.dice_threshold, self.settings.dice_reduction, self.labels)
         # nnU-Net's loss with one value a sample, with its deep-supervision weights.
-        self.sample_loss = SegmentationLoss(self.labels, getattr(self.loss, "weight_factors", None))
+        weights = getattr(self.loss, "weight_factors", None)
+        self.sample_loss = SegmentationLoss(self.labels, None if weights is None else tuple(weights))
         self.generator = torch.Generator(self.device)
         self.generator.seed()
         self._fix_patches()
@@ -321,21 +329,74 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self._choose_precision()
 
     def _choose_precision(self) -> None:
-        """Attack in the training's own precision while its gradients are those of single precision to 1 %.
+        """Attack in the training's own precision while that finds what single precision finds.
 
-        That is measured with the loss of nnU-Net on clean validation patches.
+        Measured with the inner attack's own steps on fixed validation patches, as often as the robust Dice is.
         """
         mixed = training_autocast(self.device)
-        if mixed is nullcontext or self._patches is None or not self.attacks_in_mixed_precision:
+        due = self._graphs is None or self.current_epoch % max(1, self.settings.robust_every) == 0
+        if mixed is nullcontext or not due:
             return
+        before, self.attack_autocast = self.attack_autocast, nullcontext
+        if self._patches is not None:
+            strength = min(self.from_all_ranks(self._strength(mixed)))
+            images, targets = self._patches
+            error = gradient_error(self.bare_network, images, targets, self.sample_loss, mixed)
+            if strength >= LEAST_STRENGTH:
+                self.attack_autocast = mixed
+            self.print_to_log_file(
+                f"Attacks in mixed precision find {strength:.2%} of what they find in single precision (gradients are "
+                f"off by {error.relative:.2%} at most, {error.zeros:.2%} of voxels lost); attacks run in "
+                f"{'mixed' if strength >= LEAST_STRENGTH else 'single'} precision."
+            )
+        if self._graphs is None or (before is nullcontext) != (self.attack_autocast is nullcontext):
+            self._start_graphs()
+
+    def _strength(self, mixed: Autocast) -> float:
+        """What the inner attack of the first step finds in mixed precision, as a share of single precision's."""
+        assert self._patches is not None
         images, targets = self._patches
-        error = gradient_error(self.bare_network, images, targets, self.sample_loss, mixed)
-        largest = max(self.from_all_ranks(error.relative))
-        self.attack_autocast = mixed if largest <= LARGEST_ERROR else nullcontext
-        self.print_to_log_file(
-            f"Attack gradients in mixed precision: off by {largest:.3%} at most, {error.zeros:.3%} of voxels lost; "
-            f"attacks run in {'mixed' if largest <= LARGEST_ERROR else 'single'} precision."
+        settings = self.settings
+        assert settings.robust_epsilon is not None
+        threat = self.patch_threat(images, torch.full((len(images),), settings.robust_epsilon, device=self.device))
+        noise = random_in_ball(images, threat.norm, threat.radius(images), self.generator, threat.perturbable(images))
+        start = threat.project(images + noise, images)
+        half, steps = max(1, self.batch_size // 2), settings.steps
+        with undisturbed(self.bare_network):
+            oracle, exact = (
+                Oracle(self.bare_network, targets, self.sample_loss, None, chunk=half, autocast=one)
+                for one in (mixed, nullcontext)
+            )
+            return attack_strength(oracle, exact, threat, images, start, steps, settings.step_factor / steps)
+
+    def _start_graphs(self) -> None:
+        """Attack passes as CUDA graphs, of the sizes that the method needs."""
+        if self.device.type == "cuda":
+            self._graphs = CudaGraphs(self.attack_chunk or self.batch_size, self.attack_sizes)
+
+    def attack_oracle(self, targets: Outputs, loss: LossFunction, criterion: DiceCriterion | None) -> Oracle:
+        """What an inner attack asks the network, in the precision and in the passes that the epoch attacks with.
+
+        Args:
+            targets: of the batch, or whatever ``loss`` compares outputs with.
+            loss: what is climbed, one value a sample.
+            criterion: gives the Dice; None if nobody asks for it.
+        """
+        return Oracle(
+            self.attacked_network,
+            targets,
+            loss,
+            criterion,
+            chunk=self.attack_chunk,
+            autocast=self.attack_autocast,
+            graphs=self._graphs,
         )
+
+    @property
+    def attacked_network(self) -> nn.Module:
+        """The network of attack passes: compiled as nnU-Net compiled it, where all passes have one size."""
+        one_size = self._graphs is not None and self._graphs.refused is None and self.attack_sizes == 1
+        return self.network if one_size and not self.is_ddp else self.bare_network
 
     @property
     def attack_chunk(self) -> int | None:
@@ -464,6 +525,9 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log as nnU-Net does, then the method's own values, over all ranks."""
         counts = _sums(self.from_all_ranks(_sums([c for output in train_outputs for c in output.pop("counts")])))
+        if self._graphs is not None and self._graphs.refused is not None and not self._refusal_told:
+            self._refusal_told = True
+            self.print_to_log_file(f"Attack passes run without CUDA graphs, which is slower: {self._graphs.refused}")
         super().on_train_epoch_end(train_outputs)
         values = self.epoch_log(counts)
         for key, value in values.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ima.attacks.bpgd import generate_adversarial
-from nnunet_ima.attacks.oracle import Oracle, undisturbed
+from nnunet_ima.attacks.oracle import undisturbed
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.lp import random_on_sphere
 from nnunet_ima.margins import MarginTable, SampleId, updated_margins
@@ -40,6 +40,8 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         "beta",
         "snapshots",
     )
+    # Samples leave the attack one after the other.
+    attack_sizes: ClassVar[int] = 12
     panels: ClassVar[Sequence[Panel]] = (
         Panel("loss", {"clean_losses": "clean", "perturbed_losses": "perturbed"}),
         Panel(
@@ -120,14 +122,7 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
             return images, torch.zeros(0, dtype=torch.bool, device=images.device), 0
         settings = self.settings
         with undisturbed(self.bare_network):
-            oracle = Oracle(
-                self.bare_network,
-                targets,
-                self.sample_loss,
-                self.criterion,
-                chunk=self.attack_chunk,
-                autocast=self.attack_autocast,
-            )
+            oracle = self.attack_oracle(targets, self.sample_loss, self.criterion)
             found = generate_adversarial(
                 oracle,
                 self.criterion,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,8 @@ class nnUNetTrainerSAT(nnUNetTrainerAdversarial):
     """Train on perturbed samples alone: each is the worst that K steps of PGD find within the same ε for all."""
 
     reads: ClassVar[Collection[str]] = PERTURBATION
+    # So many of the steps, the first ones, are taken in single precision whatever the others are in.
+    exact_steps: ClassVar[int] = 0
     panels: ClassVar[Sequence[Panel]] = (
         Panel("loss", {"perturbed_losses": "perturbed"}),
         Panel("share of samples", {"correct_share": "correct though perturbed"}),
@@ -49,12 +52,15 @@ class nnUNetTrainerSAT(nnUNetTrainerAdversarial):
         if self.settings.epsilon == 0:
             return images, 0
         with undisturbed(self.bare_network):
-            oracle = Oracle(
-                self.bare_network, reference, loss, None, chunk=self.attack_chunk, autocast=self.attack_autocast
-            )
-            step_size = self.settings.step_factor / self.settings.steps
-            perturbed = climb(oracle, threat, images, self.start(images, threat), self.settings.steps, step_size)
-        return perturbed, int(oracle.forward_passes.sum())
+            point, steps = self.start(images, threat), self.settings.steps
+            step_size, passes = self.settings.step_factor / steps, 0
+            if self.exact_steps and self.attack_autocast is not nullcontext:
+                exact = Oracle(self.bare_network, reference, loss, None, chunk=max(1, self.batch_size // 2))
+                point = climb(exact, threat, images, point, self.exact_steps, step_size)
+                steps, passes = steps - self.exact_steps, int(exact.forward_passes.sum())
+            oracle = self.attack_oracle(reference, loss, None)
+            perturbed = climb(oracle, threat, images, point, steps, step_size)
+        return perturbed, int(oracle.forward_passes.sum()) + passes
 
     def start(self, images: Tensor, threat: ThreatModel) -> Tensor:
         """Where PGD starts: a random point of the ball."""

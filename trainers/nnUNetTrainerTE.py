@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from nnunet_ima.averages import PredictionAverages
 from nnunet_ima.coordinate_loader import CoordinateDataLoader
 from nnunet_ima.divergence import as_list, probabilities_of, squared_distance
 from nnunet_ima.errors import UserError
-from nnunet_ima.losses import Outputs, first
+from nnunet_ima.losses import Outputs, SegmentationLoss, first
 from nnunet_ima.settings import PERTURBATION
 from nnunet_ima.tile_loader import TileDataLoader
 from nnunet_ima.trainers.nnUNetTrainerAdversarial import Batch, Step
@@ -68,9 +69,9 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
             loss = self.nnunet_loss(outputs, batch.targets)
             return Step(loss, self.te_counts(outputs, batch, passes, loss, torch.zeros(()), 0.0))
         average, known = self._averaged(batch)
-        pull = _Pull(self, weight)
+        pull = _Pull(self.labels.regions, weight)
         reference = [*as_list(batch.targets), average, known]
-        perturbed, passes = self.perturb(batch, reference, pull.attacked)
+        perturbed, passes = self.perturb(batch, reference, _PulledLoss(self.sample_loss, pull))
         outputs = self.forward(perturbed)
         loss, pulled = self.nnunet_loss(outputs, batch.targets), pull(outputs, average, known).mean()
         passes += len(batch.images)
@@ -120,18 +121,27 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
         self.print_to_log_file(f"TE continues with the averages of {len(self.averages)} cases.")
 
 
+@dataclass(frozen=True)
 class _Pull:
     """w · mean square of (prediction − average), at full resolution, over voxels that have an average."""
 
-    def __init__(self, trainer: nnUNetTrainerTE, weight: float) -> None:
-        self.regions, self.sample_loss, self.weight = trainer.labels.regions, trainer.sample_loss, weight
+    regions: bool
+    weight: float
 
     def __call__(self, outputs: Outputs, average: Tensor, known: Tensor) -> Tensor:
         """(B,)."""
         return self.weight * squared_distance(probabilities_of(first(outputs), self.regions), average, known)
 
-    def attacked(self, outputs: Outputs, reference: Outputs) -> Tensor:
-        """What the inner attack climbs: loss and pull, (B,); ``reference`` is targets, average, where known."""
+
+@dataclass(frozen=True)
+class _PulledLoss:
+    """What the inner attack climbs: loss and pull, (B,). Equal ones compute the same, as CUDA graphs ask for."""
+
+    sample_loss: SegmentationLoss
+    pull: _Pull
+
+    def __call__(self, outputs: Outputs, reference: Outputs) -> Tensor:
+        """Of ``reference``: targets, average, where known."""
         *targets, average, known = as_list(reference)
         loss = self.sample_loss(outputs, targets if not isinstance(outputs, Tensor) else targets[0])
-        return loss + self(outputs, average, known.bool())
+        return loss + self.pull(outputs, average, known.bool())

@@ -35,7 +35,7 @@ class nnUNetTrainerTRADES(nnUNetTrainerSAT):
     # Ten steps of 2ε/10.
     defaults: ClassVar[Mapping[str, Any]] = {"steps": 10, "step_factor": 2.0}
     # The ascent starts 0.001 from the clean image, which is less than fp16 resolves.
-    attacks_in_mixed_precision: ClassVar[bool] = False
+    exact_steps: ClassVar[int] = 1
     panels: ClassVar[Sequence[Panel]] = (
         Panel("loss", {"clean_losses": "clean", "divergences": "KL(clean ‖ perturbed)"}),
         Panel("share of samples", {"correct_share": "correct though perturbed"}),

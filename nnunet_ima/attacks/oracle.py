@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ima.attack_losses import LossFunction
+from nnunet_ima.attacks.graphs import CudaGraphs, Question
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.losses import Outputs, first
@@ -59,6 +60,8 @@ class Oracle:
         best: where to keep the best points; None keeps none.
         repeats: answer with the mean over this many passes, for a network that draws random numbers: of a single lucky
             draw nothing is kept.
+        graphs: on CUDA, answer by replaying graphs, in passes of their sizes instead of ``chunk``. Losses and criteria
+            that are equal must then compute the same, and the targets are taken to belong to the network.
 
     A pass that has to be repeated in single precision, because half precision overflowed, counts once.
     """
@@ -73,9 +76,12 @@ class Oracle:
         autocast: Autocast = nullcontext,
         best: BestSoFar | None = None,
         repeats: int = 1,
+        graphs: CudaGraphs | None = None,
     ) -> None:
         self._repeats = repeats
-        self._readable = False
+        self._graphs = graphs
+        # A graph cannot look at the targets.
+        self._readable = graphs is not None
         self._network = network
         self._targets = targets
         self._loss = loss
@@ -205,20 +211,38 @@ class Oracle:
         return self._loss if changing is None else changing(progress)
 
     def _parts(self, images: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Outputs, int]]:
-        """Images and targets in runs of ``chunk``, filled up to that size; and how many of each run are real."""
-        size = self._chunk or max(1, len(index))
-        for start in range(0, len(index), size):
+        """Images and targets in runs of ``chunk``, or of a graph's size, filled up; and how many of each are real."""
+        start = 0
+        while start < len(index):
+            left = len(index) - start
+            size = self._graphs.size_for(left) if self._graphs else self._chunk or left
             part = index[start : start + size]
-            missing = (size - len(part)) if self._chunk else 0
+            missing = size - len(part)
             targets = _take(self._targets, part, missing)
             yield _fill(images[start : start + size], missing), targets, len(part)
+            start += size
 
     def _dice_of(self, images: Tensor, targets: Outputs, real: int) -> Tensor:
+        if self._graphs is not None:
+            dice, finite = self._ask("dice", self._dice_and_finite, images, targets)
+            if bool(finite[:real].all()):
+                return dice[:real]
         logits = finite_logits(self._network, images, self._autocast, real)
         return self._dice(logits, targets)[:real]
 
     def _ascent_of(self, loss: LossFunction, images: Tensor, targets: Outputs, real: int) -> Ascent:
-        answer = Ascent(*(part[:real] for part in self._differentiate(loss, images, targets, self._autocast)))
+        if self._graphs is None:
+            found = self._differentiate(loss, images, targets, self._autocast)
+        else:
+            found = Ascent(
+                *self._ask(
+                    ("ascent", loss),
+                    lambda x, *y: tuple(self._differentiate(loss, x, _like(targets, y), self._autocast)),
+                    images,
+                    targets,
+                )
+            )
+        answer = Ascent(*(part[:real] for part in found))
         bad = _unusable(answer)
         if not bool(bad.any()):
             return answer
@@ -228,6 +252,18 @@ class Oracle:
             # NaN logits read as class 0, and a step along such a gradient ends at an image of NaN: like a success.
             raise UserError("the network cannot be attacked: its loss, or the gradient, is NaN or infinite.")
         return Ascent(*(torch.where(per_sample(bad, old), new, old) for old, new in zip(answer, again, strict=True)))
+
+    def _ask(self, kind: Hashable, question: Question, images: Tensor, targets: Outputs) -> tuple[Tensor, ...]:
+        """The answer of a graph; what else it depends on belongs to its kind."""
+        assert self._graphs is not None
+        inputs = [images, *([targets] if isinstance(targets, Tensor) else targets)]
+        mixed = self._autocast is not nullcontext
+        return self._graphs.ask((kind, self._criterion, mixed), question, self._network, inputs)
+
+    def _dice_and_finite(self, images: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            logits = first(self._network(images)).float()
+        return self._dice(logits, targets), torch.isfinite(logits).flatten(1).all(1)
 
     def _differentiate(
         self, loss_function: LossFunction, images: Tensor, targets: Outputs, autocast: Autocast
@@ -298,6 +334,11 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def _like(targets: Outputs, parts: Sequence[Tensor]) -> Outputs:
+    """``parts`` in the form of ``targets``: a tensor, or a list of them."""
+    return parts[0] if isinstance(targets, Tensor) else list(parts)
 
 
 def _take(values: Outputs, index: Tensor, missing: int) -> Outputs:
