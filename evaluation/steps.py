@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -72,6 +74,11 @@ class Steps:
                     running.unlink(missing_ok=True)
         if process.returncode:
             raise UserError(f"The step {step} failed: {_last_line(log)} (all of it in {log}).")
+
+    def stop(self) -> None:
+        """End the command that runs, if one does; it is told so, and what it wrote stays."""
+        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+            os.kill(int((self.logs / "running.pid").read_text(encoding="utf-8")), signal.SIGTERM)
 
     def is_done(self, step: str, command: Sequence[str]) -> bool:
         """Whether a step ended well before, by this very command; an attack with fewer steps is another one."""

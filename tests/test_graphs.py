@@ -25,8 +25,8 @@ class Replayed:
 
     captured = 0
 
-    def __init__(self, question: graphs.Question, inputs: Sequence[Tensor], pool: object) -> None:
-        del pool
+    def __init__(self, question: graphs.Question, inputs: Sequence[Tensor], beside: object) -> None:
+        del beside
         self._question, self._inputs = question, [one.clone() for one in inputs]
         type(self).captured += 1
 
@@ -39,7 +39,6 @@ class Replayed:
 @pytest.fixture
 def replayed(monkeypatch):
     monkeypatch.setattr(graphs, "_Graph", Replayed)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     Replayed.captured = 0
 
@@ -71,7 +70,6 @@ def test_any_samples_get_the_same_answers(data):
     """Whatever is attacked of a batch, and in however many sizes passes are run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "_Graph", Replayed)
-        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
         samples = data.draw(st.integers(1, 9))
         chosen = data.draw(st.lists(st.integers(0, samples - 1), unique=True, min_size=1))
         most, sizes = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
@@ -130,7 +128,6 @@ def test_without_memory_for_graphs_answers_come_without_them(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(graphs, "_Graph", refuse)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     network, images, targets = make("cpu", 4)
     graph, index = CudaGraphs(4), torch.arange(3)

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from torch.cuda.graphs import _POOL_HANDLE
 
 Answer = tuple[Tensor, ...]
 Question = Callable[..., Answer]
@@ -41,7 +37,7 @@ class CudaGraphs:
         self.refused: str | None = None
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._where: tuple[int, ...] = ()
-        self._pool: _POOL_HANDLE | None = None
+        self._first: _Graph | None = None
 
     def size_for(self, samples: int) -> int:
         """The smallest size that holds ``samples``, or the largest there is."""
@@ -61,41 +57,38 @@ class CudaGraphs:
         where = tuple(parameter.data_ptr() for parameter in network.parameters())
         if where != self._where:
             self._graphs.clear()
-            self._where = where
+            self._first, self._where = None, where
         key = (kind, tuple((tuple(one.shape), one.dtype) for one in inputs))
         if key not in self._graphs:
             try:
-                self._graphs[key] = self._capture(question, inputs)
+                self._graphs[key] = _Graph(question, inputs, self._first)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, too
                 self.refused = " ".join(str(error).split())[:200] or type(error).__name__
                 self._graphs.clear()
+                self._first = None
                 torch.cuda.empty_cache()
                 return question(*inputs)
+            self._first = self._first or self._graphs[key]
             while len(self._graphs) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         return self._graphs[key].replay(inputs)
 
-    def _capture(self, question: Question, inputs: Sequence[Tensor]) -> _Graph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return _Graph(question, inputs, self._pool)
-
 
 class _Graph:
     """One captured question. The graphs share a pool: an answer is copied before the next replay overwrites it."""
 
-    def __init__(self, question: Question, inputs: Sequence[Tensor], pool: _POOL_HANDLE) -> None:
+    def __init__(self, question: Question, inputs: Sequence[Tensor], beside: _Graph | None) -> None:
         self._inputs = [one.clone() for one in inputs]
         # cuDNN chooses its kernels, and the allocator grows, before the capture: both are forbidden during it.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] (torch has no annotations here)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no annotations here
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 question(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=None if beside is None else beside._graph.pool()):
             self._answer = question(*self._inputs)
 
     def replay(self, inputs: Sequence[Tensor]) -> Answer:

@@ -1,0 +1,107 @@
+"""What a study needs to go on elsewhere, in files under 16 MiB: for machines that keep nothing."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.files import atomic_path
+
+LARGEST = 16 * 2**20
+RECORDS = "records.tar.gz"
+HALVED = "single precision, stored in half"
+# In the order in which a training would go on from them.
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth")
+# What is made anew from the data, or is too large to carry.
+LEFT = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "staged")
+
+
+def pack(work: Path, state: Path) -> None:
+    """Write the checkpoints of all trainings, in half precision, and all records to ``state``.
+
+    Raises:
+        UserError: a file would be too large.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    for fold in _folds(work / "nnUNet_results"):
+        there = [fold / name for name in CHECKPOINTS if (fold / name).is_file()]
+        if there:
+            checkpoint = torch.load(there[0], map_location="cpu", weights_only=False)
+            stored = {"name": there[0].name, "fold": str(fold.relative_to(work)), "checkpoint": _halved(checkpoint)}
+            stored["model"] = {name: (fold.parent / name).read_bytes() for name in ("plans.json", "dataset.json")}
+            _write(stored, state / f"{fold.parent.name}_{fold.name}.pth")
+    with atomic_path(state / RECORDS) as temporary, tarfile.open(temporary, "w:gz") as tar:
+        for entry in sorted(work.iterdir()) if work.is_dir() else []:
+            if entry.name not in LEFT and not entry.name.endswith("_report"):
+                tar.add(entry, entry.name)
+    _refuse_if_large(state / RECORDS)
+
+
+def unpack(state: Path, work: Path) -> None:
+    """Put what :func:`pack` wrote back where it was, unless something newer is there."""
+    work.mkdir(parents=True, exist_ok=True)
+    for file in sorted(state.glob("*.pth")):
+        stored = torch.load(file, map_location="cpu", weights_only=False)
+        fold = work / stored["fold"]
+        if any((fold / name).is_file() for name in CHECKPOINTS):
+            continue
+        fold.mkdir(parents=True, exist_ok=True)
+        for name, content in stored["model"].items():
+            (fold.parent / name).write_bytes(content)
+        with atomic_path(fold / stored["name"]) as temporary:
+            torch.save(_single(stored["checkpoint"]), temporary)
+    if (state / RECORDS).is_file():
+        with tarfile.open(state / RECORDS) as tar:
+            for member in tar.getmembers():
+                if not (work / member.name).exists():
+                    tar.extract(member, work, filter="data")
+    for running in work.glob("logs*/running.pid"):
+        running.unlink()  # of another machine
+
+
+def _folds(results: Path) -> Iterator[Path]:
+    yield from sorted(fold for fold in results.glob("Dataset*/*/fold_*") if fold.is_dir())
+
+
+def _halved(value: Any) -> Any:
+    """Tensors of single precision in half, marked as such; a weight is then off by 0.05 % at most."""
+    if isinstance(value, Tensor):
+        return {HALVED: value.half()} if value.dtype == torch.float32 else value
+    if isinstance(value, dict):
+        return {key: _halved(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_halved(part) for part in value]
+    return value
+
+
+def _single(value: Any) -> Any:
+    """What was halved in single precision again."""
+    if isinstance(value, dict):
+        if value.keys() == {HALVED}:
+            return value[HALVED].float()
+        return {key: _single(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_single(part) for part in value]
+    return value
+
+
+def _write(content: dict[str, Any], file: Path) -> None:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    with atomic_path(file) as temporary, Path(temporary).open("wb") as out:
+        stream.seek(0)
+        shutil.copyfileobj(stream, out)
+    _refuse_if_large(file)
+
+
+def _refuse_if_large(file: Path) -> None:
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"{file} has {file.stat().st_size / 2**20:.1f} MiB, more than the 16 MiB that may be carried.")
