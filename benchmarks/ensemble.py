@@ -155,7 +155,7 @@ def independent(network: nn.Module, images: Tensor, targets: Tensor, threat: Thr
     low, high = (torch.as_tensor(end).to(images) for end in (threat.low, threat.high))
     epsilon = float(torch.as_tensor(threat.epsilon).max())
     overlap = DiceLoss(to_onehot_y=True, softmax=True, include_background=False, reduction="none")
-    lowest = torch.full((len(images),), torch.inf)
+    lowest = torch.full((len(images),), torch.inf, device=images.device)
     for restart in tqdm(range(ADAM_RESTARTS), desc="Adam", unit="start", leave=False):
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(restart)).to(images)
         change = (0.1 * restart * noise).requires_grad_()

@@ -1,0 +1,99 @@
+"""The study's program: what it carries from machine to machine is what was there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from study_state import LARGEST, pack, unpack
+
+from nnunet_ima.errors import UserError
+
+FOLD = Path("nnUNet_results/Dataset004_Hippocampus/nnUNetTrainerIMA__plans__2d/fold_0")
+
+
+def a_training(work: Path, name: str = "checkpoint_latest.pth", features: int = 8) -> dict[str, object]:
+    """As nnU-Net leaves one: its decoder holds the encoder's weights once more."""
+    weight = torch.randn(features, features)
+    checkpoint = {
+        "network_weights": {"encoder.w": weight, "decoder.encoder.w": weight},
+        "optimizer_state": {"state": {0: {"momentum_buffer": torch.randn(features, features)}}, "param_groups": [{"lr": 0.01}]},
+        "grad_scaler_state": {"scale": 65536.0},
+        "init_args": {"nnunet_ima": {"state": {"margins": {"case": torch.rand(5) * 15}, "visits": torch.arange(5)}}},
+        "averages": torch.rand(4).half(),
+        "current_epoch": 7,
+        "trainer_name": "nnUNetTrainerIMA",
+    }  # fmt: skip
+    (work / FOLD).mkdir(parents=True)
+    torch.save(checkpoint, work / FOLD / name)
+    for file in ("plans.json", "dataset.json"):
+        (work / FOLD.parent / file).write_text(f'{{"{file}": 1}}')
+    (work / "logs_IMA").mkdir()
+    (work / "logs_IMA" / "train_IMA.done").write_text("{}")
+    (work / "logs_IMA" / "running.pid").write_text("1")
+    (work / "sound_l2_IMA" / "records").mkdir(parents=True)
+    (work / "sound_l2_IMA" / "records" / "journal.jsonl").write_text("a line\n")
+    (work / "nnUNet_preprocessed").mkdir()
+    (work / "nnUNet_preprocessed" / "large").write_bytes(b"0" * 100)
+    return checkpoint
+
+
+def test_a_study_goes_on_elsewhere_from_what_was_carried(tmp_path):
+    checkpoint = a_training(tmp_path / "here")
+    pack(tmp_path / "here", tmp_path / "state")
+    assert sum(file.stat().st_size for file in (tmp_path / "state").iterdir()) < 20_000
+    unpack(tmp_path / "state", tmp_path / "there")
+    found = torch.load(tmp_path / "there" / FOLD / "checkpoint_latest.pth", weights_only=True)
+    assert found.keys() == checkpoint.keys()
+    weights = found["network_weights"]
+    assert weights["encoder.w"].dtype == torch.float32
+    torch.testing.assert_close(weights["encoder.w"], checkpoint["network_weights"]["encoder.w"], rtol=5e-4, atol=1e-7)
+    assert torch.equal(weights["encoder.w"], weights["decoder.encoder.w"])
+    state, was = (one["init_args"]["nnunet_ima"]["state"] for one in (found, checkpoint))
+    torch.testing.assert_close(state["margins"]["case"], was["margins"]["case"], rtol=5e-4, atol=1e-7)
+    assert torch.equal(state["visits"], was["visits"])
+    # What was in half precision before is so again.
+    assert torch.equal(found["averages"], checkpoint["averages"])
+    assert found["averages"].dtype == torch.float16
+    assert found["current_epoch"] == 7
+    assert (tmp_path / "there" / "sound_l2_IMA" / "records" / "journal.jsonl").read_text() == "a line\n"
+    assert (tmp_path / "there" / "logs_IMA" / "train_IMA.done").is_file()
+    assert (tmp_path / "there" / FOLD.parent / "plans.json").read_text() == '{"plans.json": 1}'
+    # A process of another machine is none here; data are made anew.
+    assert not (tmp_path / "there" / "logs_IMA" / "running.pid").exists()
+    assert not (tmp_path / "there" / "nnUNet_preprocessed").exists()
+
+
+def test_what_is_there_already_is_kept(tmp_path):
+    a_training(tmp_path / "here")
+    pack(tmp_path / "here", tmp_path / "state")
+    newer = tmp_path / "there" / FOLD / "checkpoint_final.pth"
+    newer.parent.mkdir(parents=True)
+    newer.write_text("newer")
+    (tmp_path / "there" / "sound_l2_IMA" / "records").mkdir(parents=True)
+    (tmp_path / "there" / "sound_l2_IMA" / "records" / "journal.jsonl").write_text("two lines\n")
+    unpack(tmp_path / "state", tmp_path / "there")
+    assert newer.read_text() == "newer"
+    assert not newer.with_name("checkpoint_latest.pth").exists()
+    assert (tmp_path / "there" / "sound_l2_IMA" / "records" / "journal.jsonl").read_text() == "two lines\n"
+
+
+def test_a_finished_training_is_carried_as_finished(tmp_path):
+    a_training(tmp_path / "here")
+    final = tmp_path / "here" / FOLD / "checkpoint_final.pth"
+    torch.save({"current_epoch": 50}, final)
+    pack(tmp_path / "here", tmp_path / "state")
+    unpack(tmp_path / "state", tmp_path / "there")
+    assert torch.load(tmp_path / "there" / FOLD / "checkpoint_final.pth", weights_only=True)["current_epoch"] == 50
+    assert not (tmp_path / "there" / FOLD / "checkpoint_latest.pth").exists()
+
+
+def test_a_state_that_is_too_large_is_refused_with_its_size(tmp_path):
+    a_training(tmp_path / "here", features=int((LARGEST / 2) ** 0.5) + 10)
+    with pytest.raises(UserError, match=r"MiB, more than the 16 MiB"):
+        pack(tmp_path / "here", tmp_path / "state")
