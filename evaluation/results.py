@@ -90,7 +90,7 @@ class Results:
         return next((item for item in self.attacked if (item["attack"], item["level"]) == key), None)
 
     def case_dice(self, key: Key, whole: bool) -> dict[str, float]:
-        """Dice of each case by its name, classes averaged: nnU-Net's, or that of its samples together."""
+        """Dice of each case by its name, classes averaged: nnU-Net's, or that of its samples as TVDI pools them."""
         if whole:
             return {name: _mean(scores["dice"]) for name, scores in self.cases[key].items()}
         names, counts = self.samples[key].by_case()

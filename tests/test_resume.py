@@ -312,7 +312,7 @@ def test_results_of_a_version_without_records_are_not_overwritten(std_2d, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"schema": "nnunet_ima/run/99"}', "{", '{"schema": "nnunet_ima/run/1"}']
+    "content", ["", "[]", '{"schema": "nnunet_ima/run/99"}', "{", '{"schema": "nnunet_ima/run/2"}']
 )
 def test_a_damaged_run_file_is_named(std_2d, in_peace, tmp_path, capsys, content):
     shutil.copytree(in_peace, tmp_path / "run")
