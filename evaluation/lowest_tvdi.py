@@ -43,6 +43,7 @@ def lowest_tvdi(counts: Array) -> Choice:
     ordered = counts[:, order]
     starts = [np.full(samples, point) for point in range(points)]
     ends = [_exchange(ordered, start) for start in starts]
+    # Also the beginnings, so that no rounding of the last digit lifts the answer above one of them.
     best = min([*starts, *ends], key=lambda choice: float(_tvdi(ordered[choice, every].sum(0))))
     chosen = np.empty_like(best)
     chosen[order] = best

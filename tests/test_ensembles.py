@@ -101,7 +101,6 @@ def test_a_point_is_one_that_the_attacker_holds_and_says_which(seed, samples, me
 
 @given(st.integers(0, 10**9), st.integers(1, 12))
 def test_of_a_single_attack_tvdi_is_that_of_its_images(seed, samples):
-    """Also where the untouched sample would lower it: an attack that is judged alone is judged by what it returns."""
     untouched, attacked = outcomes(seed, samples, 2)
     alone = Outcome("apgd", LEVEL, [score(one.sample.tile, one.counts, {}) for one in attacked.samples])
     points = points_for_tvdi(alone, untouched)
@@ -118,6 +117,9 @@ def test_an_untouched_sample_with_many_false_positives_may_be_left_alone():
         "autoattack", LEVEL, [score(0, after.counts, {"a": after}), score(1, other.counts, {"a": other})]
     )
     assert [point.name for point in points_for_tvdi(attacked, untouched)] == [CLEAN, KEPT]
+    # A single attack is judged by what it returns.
+    alone = Outcome("apgd", LEVEL, [score(0, after.counts, {}), score(1, other.counts, {})])
+    assert [point.name for point in points_for_tvdi(alone, untouched)] == [KEPT, KEPT]
 
 
 # ---- downstream
