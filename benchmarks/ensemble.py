@@ -109,7 +109,8 @@ def at_levels(pipeline: Pipeline, dataset: Path, method: Method, norm: Norm, sam
     )
     folder = pipeline.evaluate(dataset, method, attacks)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    kept = ("attack", "level", "tvdi", "adi", "robust_share", "forward_passes_per_sample", "backward_passes_per_sample")
+    figures = ("tvdi", "tvdi_of_lowest_dice", "adi", "robust_share")
+    kept = ("attack", "level", *figures, "forward_passes_per_sample", "backward_passes_per_sample")
     clean = {"attack": "clean", "level": "0", "tvdi": summary["clean"]["tvdi"], "adi": summary["clean"]["adi"]}
     rows = [clean] + [{key: found[key] for key in kept} for found in summary["results"]]
     return [{"model": method.title, "norm": norm, "trusted": summary["trusted"], **row} for row in rows]

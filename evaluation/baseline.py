@@ -14,7 +14,7 @@ from nnunet_ima.evaluation.metrics import Array
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results, read_results
 from nnunet_ima.files import write_text
 
-SCHEMA = "nnunet_ima/baseline/1"
+SCHEMA = "nnunet_ima/baseline/2"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Baseline:
     Attributes:
         about: model, protocol, classes and so on, of summary.json.
         samples: case and tile of each.
-        counts: by condition, (samples, F, 3) of tp, fp, fn.
+        counts: by condition, (samples, F, 3) of the tp, fp, fn that TVDI pools.
     """
 
     about: dict[str, Any]

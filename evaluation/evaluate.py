@@ -56,7 +56,7 @@ class Request:
 
 
 def evaluate(request: Request, progress: bool = True) -> Path:
-    """Attack a model and write summary.json, samples.csv, cases.csv, table.md and two pictures.
+    """Attack a model and write summary.json, samples.csv, cases.csv, table.md, two pictures; members.csv for ensembles.
 
     What an earlier, killed call found is not attacked again. With several parts only records are written, for
     :func:`~nnunet_ima.evaluation.merge.merge`.

@@ -12,7 +12,7 @@ from typing import Any
 from nnunet_ima.errors import UserError
 
 FILE = "run.json"
-SCHEMA = "nnunet_ima/run/1"
+SCHEMA = "nnunet_ima/run/2"
 SEAL = "seal"
 # More would not be read.
 SHOWN = 4

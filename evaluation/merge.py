@@ -9,9 +9,10 @@ from typing import Any
 
 from nnunet_ima.attacks import Finding
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.ensembles import points_for_tvdi
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.identity import digest, read_run, refuse_different, write_identity
-from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, Outcome, lost_most
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, Outcome, lost_most, unperturbed
 from nnunet_ima.evaluation.pictures import draw_dice_against_level, draw_worst
 from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.evaluation.records import RECORDS, Records, part_folders
@@ -49,7 +50,7 @@ def gather(folders: Sequence[Path], output: Path) -> None:
 
 
 def merge(folder: Path) -> dict[str, Any]:
-    """Write summary.json, samples.csv, cases.csv, table.md and two pictures from the records in ``folder``.
+    """Write all tables and two pictures from the records in ``folder``.
 
     Returns:
         The content of summary.json.
@@ -65,6 +66,9 @@ def merge(folder: Path) -> dict[str, Any]:
     if not outcomes[0].samples:
         raise UserError(f"No validation case of {folder} holds any foreground, so nothing can be measured.")
     outcomes[0].findings = _join_findings([part.findings for part in parts if part.findings is not None])
+    start = unperturbed(outcomes)
+    for outcome in outcomes:
+        outcome.points = points_for_tvdi(outcome, start)
     chunks = [part.smallest_chunk for part in parts if part.smallest_chunk is not None]
     summary = summarise(run["head"], outcomes, min(chunks, default=None))
     # It stands for a complete set: an older one must not stay beside newer tables if writing these fails.

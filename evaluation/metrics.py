@@ -29,8 +29,15 @@ def class_scores(true_positives: Array, false_positives: Array, false_negatives:
 
 def tvdi(counts: Array) -> float:
     """Total voxel Dice: counts (n, F, 3) of tp, fp, fn pooled over samples, Dice per class, mean of classes; [0, 1]."""
-    pooled = np.asarray(counts, float).sum(0)
-    return nan_mean(class_scores(pooled[:, 0], pooled[:, 1], pooled[:, 2]))
+    return float(pooled_dice(np.asarray(counts, float).sum(0)))
+
+
+def pooled_dice(pooled: Array) -> Array:
+    """Mean over classes (...,) of the Dice of pooled counts (..., F, 3) of tp, fp, fn; NaN if no class occurs."""
+    dice = class_scores(pooled[..., 0], pooled[..., 1], pooled[..., 2])
+    there = ~np.isnan(dice)
+    mean = np.where(there, dice, 0).sum(-1) / np.maximum(there.sum(-1), 1)
+    return np.asarray(np.where(there.any(-1), mean, np.nan))
 
 
 def adi(dice: Array) -> float:

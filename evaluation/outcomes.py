@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from nnunet_ima.evaluation.metrics import Array, CaseScore
 from nnunet_ima.evaluation.protocols import Level
 
 CLEAN, CLAMP = "clean", "clamp-only"
+# The image of a sample that an attack keeps: that of the lowest Dice.
+KEPT = "kept"
 WORST_KEPT = 4
 
 
@@ -33,6 +35,26 @@ class Condition(NamedTuple):
 
 
 @dataclass(frozen=True)
+class MemberScore:
+    """The best point that a member of an ensemble found for a sample by itself.
+
+    Attributes:
+        dice: of that point, in [0, 1].
+        counts: (F, 3) of tp, fp, fn for each foreground class or region.
+    """
+
+    dice: float
+    counts: Array
+
+
+class Point(NamedTuple):
+    """A point of a sample that an attacker holds: ``kept``, ``clean``, ``clamp-only`` or a member's; counts (F, 3)."""
+
+    name: str
+    counts: Array
+
+
+@dataclass(frozen=True)
 class SampleScore:
     """One sample under one condition.
 
@@ -44,7 +66,7 @@ class SampleScore:
         norm: of the perturbation found.
         passes: forward passes spent.
         backward_passes: backward passes spent.
-        by_attack: Dice under each member of an ensemble, NaN where it was not needed any more.
+        by_attack: what each member of an ensemble found, None where it was not asked any more.
     """
 
     sample: SampleKey
@@ -55,7 +77,7 @@ class SampleScore:
     norm: float
     passes: int
     backward_passes: int = 0
-    by_attack: Mapping[str, float] = field(default_factory=dict)
+    by_attack: Mapping[str, MemberScore | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,6 +91,8 @@ class Outcome:
         cases: by name; only cases all of whose samples were attacked.
         worst: the samples that lost most Dice, to be shown.
         findings: of the clean condition: what the checks of the network found.
+        points: for each sample, the point whose counts TVDI pools; see
+            :func:`~nnunet_ima.evaluation.ensembles.points_for_tvdi`.
     """
 
     attack: str
@@ -77,6 +101,12 @@ class Outcome:
     cases: dict[str, CaseScore] = field(default_factory=dict)
     worst: list[Example] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+
+
+def unperturbed(outcomes: Sequence[Outcome]) -> Outcome:
+    """What attacks begin with: the clean samples, under the protocol ``paper`` the clamped ones."""
+    return next((outcome for outcome in outcomes if outcome.attack == CLAMP), outcomes[0])
 
 
 def lost_most(scores: Iterable[SampleScore]) -> list[SampleScore]:

@@ -21,7 +21,7 @@ from nnunet_ima.evaluation.checked_file import read_checked, write_checked
 from nnunet_ima.evaluation.examples import Example, load_example, save_example
 from nnunet_ima.evaluation.journal import Journal, Record
 from nnunet_ima.evaluation.metrics import CaseScore
-from nnunet_ima.evaluation.outcomes import Condition, SampleKey, SampleScore, lost_most
+from nnunet_ima.evaluation.outcomes import Condition, MemberScore, SampleKey, SampleScore, lost_most
 from nnunet_ima.files import remove_leftovers
 
 RECORDS = "records"
@@ -231,11 +231,18 @@ def _sample_record(condition: Condition, score: SampleScore) -> Record:
         "norm": score.norm,
         "passes": score.passes,
         "backward_passes": score.backward_passes,
-        "by_attack": dict(score.by_attack),
+        "by_attack": {
+            name: None if part is None else {"dice": part.dice, "counts": part.counts.tolist()}
+            for name, part in score.by_attack.items()
+        },
     }
 
 
 def _sample_score(record: Record) -> SampleScore:
     values: dict[str, Any] = {key: value for key, value in record.items() if key not in ("kind", "condition")}
     sample = SampleKey(values.pop("case"), values.pop("tile"))
-    return SampleScore(sample, np.array(values.pop("counts"), float), **values)
+    members = {
+        name: None if part is None else MemberScore(part["dice"], np.array(part["counts"], float))
+        for name, part in values.pop("by_attack").items()
+    }
+    return SampleScore(sample, np.array(values.pop("counts"), float), by_attack=members, **values)

@@ -34,8 +34,8 @@ class SampleTable:
     Attributes:
         cases: (n,) of names.
         tiles: (n,) of numbers.
-        dice: (n,), in [0, 1].
-        counts: (n, F, 3) of tp, fp, fn.
+        dice: (n,), in [0, 1], of the image that was kept.
+        counts: (n, F, 3) of the tp, fp, fn that TVDI pools: of an ensemble, of the points chosen for it.
     """
 
     cases: np.ndarray[Any, Any]
@@ -90,7 +90,7 @@ class Results:
         return next((item for item in self.attacked if (item["attack"], item["level"]) == key), None)
 
     def case_dice(self, key: Key, whole: bool) -> dict[str, float]:
-        """Dice of each case by its name, classes averaged: nnU-Net's, or that of its samples together."""
+        """Dice of each case by its name, classes averaged: nnU-Net's, or that of its samples as TVDI pools them."""
         if whole:
             return {name: _mean(scores["dice"]) for name, scores in self.cases[key].items()}
         names, counts = self.samples[key].by_case()
@@ -139,7 +139,7 @@ def _title(summary: Mapping[str, Any]) -> str:
 def _sample_tables(file: Path, regions: list[str]) -> Iterator[tuple[Key, SampleTable]]:
     for key, rows in _rows(file).items():
         counts = [
-            [[float(row[f"{kind}_{region}"]) for kind in ("tp", "fp", "fn")] for region in regions] for row in rows
+            [[float(row[f"tvdi_{kind}_{region}"]) for kind in ("tp", "fp", "fn")] for region in regions] for row in rows
         ]
         yield (
             key,

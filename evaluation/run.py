@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_ima.attacks import AutoAttackResult, check_network
+from nnunet_ima.attacks import AttackResult, AutoAttackResult, check_network
 from nnunet_ima.attacks.oracle import finite_logits, undisturbed
 from nnunet_ima.dice import DiceCriterion, confusion, sample_dice
 from nnunet_ima.errors import UserError, is_out_of_memory
@@ -24,9 +24,9 @@ from nnunet_ima.evaluation.cases import Case, Place, Sample, ValidationCases
 from nnunet_ima.evaluation.description import describe_run, identify
 from nnunet_ima.evaluation.examples import Example, make_example
 from nnunet_ima.evaluation.identity import digest, write_identity
-from nnunet_ima.evaluation.metrics import CaseScore
+from nnunet_ima.evaluation.metrics import Array, CaseScore
 from nnunet_ima.evaluation.models import TrainedModel
-from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, SampleKey, SampleScore
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, MemberScore, SampleKey, SampleScore
 from nnunet_ima.evaluation.protocols import Level, Protocol
 from nnunet_ima.evaluation.records import Records, part_folder
 from nnunet_ima.precision import use_exact_convolutions
@@ -313,7 +313,7 @@ class Runner:
         images, targets, threat = load_batch(self.cases, batch, protocol, level, device)
         before = self._logits(images)
         passes, backward = torch.ones(len(batch), dtype=torch.long), torch.zeros(len(batch), dtype=torch.long)
-        members: dict[str, Tensor] = {}
+        members: list[dict[str, MemberScore | None]] = [{} for _ in batch]
         if choice is None:
             perturbed = protocol.clamp(images) if condition.attack == CLAMP else images
         else:
@@ -326,23 +326,39 @@ class Runner:
             result = attack(self.model.network, images, targets)
             perturbed, passes, backward = result.images, result.forward_passes, result.backward_passes
             if isinstance(result, AutoAttackResult):
-                members = {name: part.dice for name, part in result.by_attack.items()}
+                members = self._member_scores(result.by_attack, targets)
         after = self._logits(perturbed)
-        counts = confusion(after, targets, self.model.labels)
-        dice = sample_dice(counts, self.evaluation.criterion.reduction)
-        stacked = torch.stack(counts, -1).cpu().numpy().astype(float)
+        counts, dice = self._score(after, targets)
         norms = threat.distance(perturbed, images) if level else torch.zeros(len(batch))
         radii = threat.radius(images).flatten(1).amax(1) if level else torch.zeros(len(batch))
         clean = self.records.samples[Condition(CLEAN, None)]
         for i, sample in enumerate(batch):
             score = SampleScore(
-                _key(sample), stacked[i], float(dice[i]),
+                _key(sample), counts[i], float(dice[i]),
                 float(dice[i]) if condition.attack == CLEAN else clean[_key(sample)].dice,
                 float(radii[i]), float(norms[i]), int(passes[i]), int(backward[i]),
-                {name: float(values[i]) for name, values in members.items()},
+                members[i],
             )  # fmt: skip
             example = self._example(i, score, images, perturbed, targets, before, after)
             yield _Attacked(sample, perturbed[i].cpu(), score, example)
+
+    def _member_scores(self, found: Mapping[str, AttackResult], targets: Tensor) -> list[dict[str, MemberScore | None]]:
+        """For each sample, what each member reached by itself: one more pass for every sample that it attacked."""
+        scores: list[dict[str, MemberScore | None]] = [dict.fromkeys(found) for _ in targets]
+        for name, part in found.items():
+            attacked = (~part.dice.isnan()).nonzero()[:, 0]
+            if not len(attacked):
+                continue
+            counts, dice = self._score(self._logits(part.images[attacked]), targets[attacked])
+            for i, own_counts, own_dice in zip(attacked.tolist(), counts, dice.tolist(), strict=True):
+                scores[i][name] = MemberScore(own_dice, own_counts)
+        return scores
+
+    def _score(self, logits: Tensor, targets: Tensor) -> tuple[Array, Tensor]:
+        """Counts (B, F, 3) of tp, fp, fn, and Dice (B,)."""
+        counts = confusion(logits, targets, self.model.labels)
+        dice = sample_dice(counts, self.evaluation.criterion.reduction)
+        return torch.stack(counts, -1).cpu().numpy().astype(float), dice
 
     def _logits(self, images: Tensor) -> Tensor:
         """Logits of all images, in the same chunks as the attacks use."""

@@ -3,6 +3,10 @@
 Slices of one case resemble each other, so cases are resampled, and samples only where there are too few cases: these
 intervals are then too narrow, which whoever shows them has to say. Only what the choice of the cases does to a figure
 is in an interval, not what another training run would.
+
+For an ensemble the counts are of the points that were chosen for TVDI, once, on all samples. Resampling, and swapping
+two models, keep that choice: what is resampled is fixed images. An attacker who had only the resampled cases might
+choose again and reach a little less.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import bootstrap, permutation_test
 
-from nnunet_ima.evaluation.metrics import Array, class_scores
+from nnunet_ima.evaluation.metrics import Array, pooled_dice
 
 RESAMPLES = 2000
 BATCH = 100  # resamples at once: what they gather takes memory
@@ -115,8 +119,4 @@ def _tvdi(counts: Array, index: np.ndarray) -> Array:
     """TVDI (...,) of the units that ``index`` (..., n) names; of several levels their mean."""
     if counts.ndim == 4:
         return np.asarray(np.mean([_tvdi(level, index) for level in counts], axis=0))
-    pooled = counts[index].sum(-3)
-    dice = class_scores(pooled[..., 0], pooled[..., 1], pooled[..., 2])
-    there = ~np.isnan(dice)
-    mean = np.where(there, dice, 0).sum(-1) / np.maximum(there.sum(-1), 1)
-    return np.asarray(np.where(there.any(-1), mean, np.nan))
+    return pooled_dice(counts[index].sum(-3))

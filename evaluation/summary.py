@@ -1,4 +1,4 @@
-"""Write what an evaluation found: summary.json, samples.csv, cases.csv and table.md."""
+"""Write what an evaluation found: summary.json, samples.csv, members.csv, cases.csv and table.md."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_ima.evaluation.ensembles import attacked_by, figures_of_members, members_of
 from nnunet_ima.evaluation.identity import digest, sealed
 from nnunet_ima.evaluation.metrics import (
     SURFACE_TOLERANCE_MM,
+    Array,
     adi,
     mean_case_dice,
     mean_hd95,
@@ -22,11 +24,11 @@ from nnunet_ima.evaluation.metrics import (
     nan_mean,
     tvdi,
 )
-from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Outcome
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, KEPT, Outcome, unperturbed
 from nnunet_ima.evaluation.trust import check
 from nnunet_ima.files import write_text
 
-SCHEMA = "nnunet_ima/evaluation/2"
+SCHEMA = "nnunet_ima/evaluation/3"
 
 
 def summarise(head: Mapping[str, Any], outcomes: Sequence[Outcome], smallest_chunk: int | None) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def summarise(head: Mapping[str, Any], outcomes: Sequence[Outcome], smallest_chu
         summary["clamp_only"] = _figures(by_name[CLAMP], threshold)
     summary["results"] = [_result(outcome, threshold) for outcome in attacked]
     found = [finding._asdict() for finding in by_name[CLEAN].findings]
-    summary["trust"] = found + check(by_name.get(CLAMP, by_name[CLEAN]), attacked)
+    summary["trust"] = found + check(unperturbed(outcomes), attacked)
     summary["trusted"] = all(item["passed"] for item in summary["trust"])
     plain: dict[str, Any] = _plain(summary)
     return plain
@@ -57,6 +59,8 @@ def write_all(folder: Path, outcomes: Sequence[Outcome], summary: Mapping[str, A
     """Write all tables; summary.json comes last, so that it stands for a complete set, and seals itself and them."""
     regions = summary["labels"]
     tables = {"samples.csv": _samples_csv(outcomes, regions), "cases.csv": _cases_csv(outcomes, regions)}
+    if any(members_of(outcome) for outcome in outcomes):
+        tables["members.csv"] = _members_csv(outcomes, regions)
     for name, text in tables.items():
         write_text(folder / name, text)
     write_text(folder / "table.md", markdown_table(summary))
@@ -106,19 +110,27 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
 
 
 def _ensembles(summary: Mapping[str, Any]) -> list[str]:
-    """What each member of an ensemble reached on its own."""
+    """What each member of an ensemble reached on its own, and what the ensemble's TVDI is made of."""
     lines: list[str] = []
     for result in summary["results"]:
         if "by_attack" not in result:
             continue
+        others = result["n_samples"] - result["tvdi_points"].get(KEPT, 0)
         lines += [
             "",
-            f"Members of {result['attack']} at {result['level']}: ADI over the samples that each attacked",
+            f"Members of {result['attack']} at {result['level']}: ADI over the samples that each attacked; TVDI over "
+            f"all, with the ensemble's image of the lowest Dice where a member was not asked any more",
             "",
         ]
         lines += [
-            f"- {name}: {_percent(part['adi'])} ({part['attacked_samples']} samples)"
+            f"- {name}: ADI {_percent(part['adi'])}, TVDI {_percent(part['tvdi'])} ({part['attacked_samples']} samples)"
             for name, part in result["by_attack"].items()
+        ]
+        lines += [
+            "",
+            f"Of {result['n_samples']} samples, {others} count in the ensemble's TVDI with another of its points than "
+            f"the one of the lowest Dice, as that makes the TVDI of all lower. All other figures are of the images of "
+            f"the lowest Dice, whose TVDI is {_percent(result['tvdi_of_lowest_dice'])}.",
         ]
     return lines
 
@@ -135,9 +147,9 @@ def _figures(outcome: Outcome, threshold: float) -> dict[str, Any]:
     dice = np.array([score.dice for score in outcome.samples])
     scores = list(outcome.cases.values())
     return {
-        "tvdi": tvdi(np.array([score.counts for score in outcome.samples])) if len(dice) else None,
+        "tvdi": tvdi(np.array([point.counts for point in outcome.points])),
         "adi": adi(dice),
-        "robust_share": float((dice > threshold).mean()) if len(dice) else None,
+        "robust_share": float((dice > threshold).mean()),
         "case_dice": mean_case_dice(scores),
         "hd95": mean_hd95(scores),
         "surface_dice": mean_surface_dice(scores),
@@ -154,39 +166,35 @@ def _result(outcome: Outcome, threshold: float) -> dict[str, Any]:
         "epsilon": outcome.level.value,
         "epsilon_z_scores": nan_mean([score.epsilon for score in outcome.samples]),
         **_figures(outcome, threshold),
+        "tvdi_of_lowest_dice": tvdi(np.array([score.counts for score in outcome.samples])),
         "forward_passes_per_sample": nan_mean([float(score.passes) for score in outcome.samples]),
         "backward_passes_per_sample": nan_mean([float(score.backward_passes) for score in outcome.samples]),
-        **_by_attack(outcome, threshold),
-    }
-
-
-def _by_attack(outcome: Outcome, threshold: float) -> dict[str, Any]:
-    """Of an ensemble, each member's mean Dice and share of correct samples, over those that it attacked."""
-    members = list(outcome.samples[0].by_attack) if outcome.samples else []
-    if not members:
-        return {}
-    dice = {name: np.array([score.by_attack[name] for score in outcome.samples]) for name in members}
-    return {
-        "by_attack": {
-            name: {
-                "adi": nan_mean(values.tolist()),
-                "robust_share": nan_mean([float(d > threshold) for d in values if not math.isnan(d)]),
-                "attacked_samples": int((~np.isnan(values)).sum()),
-            }
-            for name, values in dice.items()
-        }
+        **figures_of_members(outcome, threshold),
     }
 
 
 def _samples_csv(outcomes: Sequence[Outcome], regions: Sequence[str]) -> str:
-    counts = [f"{kind}_{region}" for region in regions for kind in ("tp", "fp", "fn")]
+    counts = _count_names(regions)
     header = ["attack", "level", "case", "tile", "dice", "clean_dice", "epsilon", "norm", "forward_passes", *counts]
+    header += ["tvdi_point", *(f"tvdi_{name}" for name in counts)]
     rows = [
         [outcome.attack, outcome.level.text if outcome.level else "0", score.sample.case, score.sample.tile,
          f"{score.dice:.6f}", f"{score.clean_dice:.6f}", f"{score.epsilon:.6g}", f"{score.norm:.6g}", score.passes,
-         *(int(count) for count in score.counts.flatten())]
+         *_whole(score.counts), point.name, *_whole(point.counts)]
         for outcome in outcomes
-        for score in outcome.samples
+        for score, point in zip(outcome.samples, outcome.points, strict=True)
+    ]  # fmt: skip
+    return _csv(header, rows)
+
+
+def _members_csv(outcomes: Sequence[Outcome], regions: Sequence[str]) -> str:
+    header = ["attack", "level", "member", "case", "tile", "dice", *_count_names(regions)]
+    rows = [
+        [outcome.attack, outcome.level.text if outcome.level else "0", member, *sample, f"{part.dice:.6f}",
+         *_whole(part.counts)]
+        for outcome in outcomes
+        for member in members_of(outcome)
+        for sample, part in attacked_by(outcome, member)
     ]  # fmt: skip
     return _csv(header, rows)
 
@@ -201,6 +209,14 @@ def _cases_csv(outcomes: Sequence[Outcome], regions: Sequence[str]) -> str:
         for name, score in sorted(outcome.cases.items())
     ]  # fmt: skip
     return _csv(header, rows)
+
+
+def _count_names(regions: Sequence[str]) -> list[str]:
+    return [f"{kind}_{region}" for region in regions for kind in ("tp", "fp", "fn")]
+
+
+def _whole(counts: Array) -> list[int]:
+    return [int(count) for count in counts.flatten()]
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

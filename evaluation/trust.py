@@ -100,7 +100,7 @@ def _lowest(attacked: Sequence[Outcome], kinds: Sequence[str]) -> dict[Level | N
         for name in outcome.samples[0].by_attack if outcome.samples else {}:
             if _is_of(name, kinds):
                 # A sample that a member was not asked about was at 0 before.
-                dice = [0.0 if np.isnan(s.by_attack[name]) else s.by_attack[name] for s in outcome.samples]
+                dice = [0.0 if (part := s.by_attack[name]) is None else part.dice for s in outcome.samples]
                 values.append(adi(np.array(dice)))
         if values:
             found[outcome.level] = min([*values, found.get(outcome.level, np.inf)])

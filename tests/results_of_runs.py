@@ -14,11 +14,11 @@ from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.identity import digest, write_identity
 from nnunet_ima.evaluation.merge import merge
 from nnunet_ima.evaluation.metrics import CaseScore
-from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, SampleKey, SampleScore
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, MemberScore, SampleKey, SampleScore
 from nnunet_ima.evaluation.protocols import Protocol, parse_level
 from nnunet_ima.evaluation.records import Records, part_folder
 
-NOISE, ATTACK = "white-noise:draws=3", "apgd:steps=4"
+NOISE, ATTACK, ENSEMBLE = "white-noise:draws=3", "apgd:steps=4", "autoattack:version=fast"
 
 
 def make_run(
@@ -28,7 +28,7 @@ def make_run(
     protocol: str = "sound", classes: tuple[str, ...] = ("anterior", "posterior"), case_name: str = "case_{:03d}",
     margins: Mapping[str, list[float]] | None = None, whole_cases: bool = True, trained_on: bool = False,
     further: Mapping[str, Mapping[str, float]] | None = None, patch: tuple[int, ...] = (24, 20),
-    clamped: float | None = None,
+    clamped: float | None = None, members: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:  # fmt: skip
     """A run whose samples' Dice scatter around the given ones.
 
@@ -38,10 +38,12 @@ def make_run(
         noise: by the same levels; None for no noise.
         further: attacks by name, with the same levels.
         clamped: under the protocol paper, without attack.
+        members: of an ensemble, by name, with the same levels; the ensemble keeps the lowest Dice of each sample.
         jitter: 0, or the seed of a few voxels that fall out differently.
     """
     attacked = attacked or {"2": 0.8, "8": 0.5}
     by_attack = {**({NOISE: noise} if noise else {}), ATTACK: attacked, **(further or {})}
+    by_attack |= {ENSEMBLE: dict.fromkeys(attacked, clean)} if members else {}
     levels = [parse_level(text, norm) for text in attacked]
     conditions = [Condition(CLEAN, None), *([Condition(CLAMP, None)] if protocol == "paper" else [])]
     conditions += [Condition(attack, level) for attack in by_attack for level in levels]
@@ -67,6 +69,9 @@ def make_run(
                 for name in names
                 for tile in range(tiles)
             ]
+            if members and condition.level is not None and condition.attack == ENSEMBLE:
+                of_level = {name: levels[condition.level.text] for name, levels in members.items()}
+                scores = [_ensemble(score.sample, of_level, clean, len(classes), seed) for score in scores]
             if condition.level is not None:
                 examples = [_example(score, len(classes)) for score in scores]
                 records.keep_worst(condition, examples, scores)
@@ -94,6 +99,22 @@ def _score(sample: SampleKey, wanted: float, clean: float, classes: int, seed: i
     counts = np.stack([hits, size - hits, size - hits], -1).astype(float)
     untouched = clean if wanted == clean else _score(sample, clean, clean, classes, seed, jitter).dice
     return SampleScore(sample, counts, float((hits / size).mean()), untouched, 5.0, 5.0, 9, 8)
+
+
+def _ensemble(sample: SampleKey, members: Mapping[str, float], clean: float, classes: int, seed: int) -> SampleScore:
+    """The members differ in how much they find that is not there; the last one was not asked about every sample."""
+    found: dict[str, MemberScore] = {}
+    for number, (name, wanted) in enumerate(members.items(), start=1):
+        counts = _score(sample, wanted, clean, classes, seed, jitter=0).counts
+        draws = np.random.default_rng([_number(sample), number, 9])
+        counts[:, 1] += draws.integers(0, 200, classes) * (draws.random(classes) < 0.5)
+        found[name] = MemberScore(float((2 * counts[:, 0] / (counts @ [2, 1, 1])).mean()), counts)
+    lowest = min(found.values(), key=lambda one: one.dice)
+    by_attack: dict[str, MemberScore | None] = {**found}
+    if lowest is not found[name] and sample.tile == 0:
+        by_attack[name] = None
+    before = _score(sample, clean, clean, classes, seed, jitter=0).dice
+    return SampleScore(sample, lowest.counts, lowest.dice, before, 5.0, 5.0, 9, 8, by_attack)
 
 
 def _number(sample: SampleKey) -> int:

@@ -38,6 +38,8 @@ from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
 
 TABLES = {"summary.json", "samples.csv", "cases.csv", "table.md", "dice_against_level.png", "worst_samples.png"}
 FILES = {*TABLES, "run.json", "records"}
+ENSEMBLE = "autoattack:version=fast"
+ALONE = {"apgd-dice-ce": "apgd:loss=dice-ce,steps=50", "apgd-balanced-ce": "apgd:loss=balanced-ce,steps=50"}
 CPU = torch.device("cpu")
 Rows = list[dict[str, str]]
 
@@ -105,6 +107,15 @@ def paper(std_2d, tmp_path_factory) -> Report:
 
 
 @pytest.fixture(scope="module")
+def ensemble(std_2d, tmp_path_factory) -> Report:
+    """With each of its members alone."""
+    return run(
+        tmp_path_factory.mktemp("ensemble"), "-m", str(std_2d), "--max-samples", "18", "--levels", "1", "5",
+        "--attacks", ENSEMBLE, *ALONE.values(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
 def model(project, std_2d) -> TrainedModel:
     return load_model(std_2d, 0, "checkpoint_final.pth", CPU)
 
@@ -117,9 +128,10 @@ def model_3d(project, std_3d) -> TrainedModel:
 # ---- what is written
 
 
-@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper", "ensemble"])
 def test_all_files_are_there_and_nothing_else(which, request):
-    assert {file.name for file in request.getfixturevalue(which).folder.iterdir()} == FILES
+    of_members = {"members.csv"} if which == "ensemble" else set()
+    assert {file.name for file in request.getfixturevalue(which).folder.iterdir()} == FILES | of_members
 
 
 def test_the_summary_has_every_field(report):
@@ -149,7 +161,7 @@ def test_the_model_is_worth_attacking_and_the_attack_works(report):
     assert attacked["tvdi"] < clean["tvdi"] - 0.1
 
 
-@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper", "ensemble"])
 def test_the_figures_are_those_of_the_tables(which, request):
     """Slowly and obviously: Eq. 9 and 10 of the paper's earlier version, and nnU-Net's mean over cases."""
     for figures, samples, cases in request.getfixturevalue(which).conditions():
@@ -157,7 +169,7 @@ def test_the_figures_are_those_of_the_tables(which, request):
         assert figures["n_cases"] == len(cases) > 0
         per_class = []
         for label in (1, 2):
-            tp, fp, fn = (sum(int(row[f"{kind}_{label}"]) for row in samples) for kind in ("tp", "fp", "fn"))
+            tp, fp, fn = (sum(int(row[f"tvdi_{kind}_{label}"]) for row in samples) for kind in ("tp", "fp", "fn"))
             if tp + fp + fn:
                 per_class.append(2 * tp / (2 * tp + fp + fn))
         assert figures["tvdi"] == pytest.approx(sum(per_class) / len(per_class))
@@ -171,7 +183,7 @@ def test_the_figures_are_those_of_the_tables(which, request):
         assert figures["case_dice"] == pytest.approx(sum(means) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper", "ensemble"])
 def test_a_samples_dice_is_that_of_its_counts(which, request):
     for row in request.getfixturevalue(which).samples:
         values = []
@@ -193,7 +205,7 @@ def test_the_table_shows_the_summary(report):
         assert row[2:6] == [f"{100 * share:.1f}" for share in shares]
 
 
-@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper", "ensemble"])
 @pytest.mark.parametrize("picture", ["dice_against_level.png", "worst_samples.png"])
 def test_the_pictures_show_something(which, picture, request):
     pixels = plt.imread(request.getfixturevalue(which).folder / picture)
@@ -240,7 +252,7 @@ def test_another_seed_gives_other_noise(variants):
 # ---- protocols and budgets
 
 
-@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper", "ensemble"])
 def test_no_sample_gains_from_an_attack(which, request):
     report = request.getfixturevalue(which)
     unperturbed = "clamp-only" if "clamp_only" in report.summary else "clean"
@@ -251,7 +263,7 @@ def test_no_sample_gains_from_an_attack(which, request):
         assert float(row["dice"]) <= before[row["case"], row["tile"]] + 1e-6
 
 
-@pytest.mark.parametrize("which", ["report", "report_3d", "paper"])
+@pytest.mark.parametrize("which", ["report", "report_3d", "paper", "ensemble"])
 def test_no_perturbation_is_larger_than_its_level(which, request):
     for row in request.getfixturevalue(which).samples:
         allowed = 0.0 if row["attack"] in ("clean", "clamp-only") else float(row["level"])
@@ -284,6 +296,57 @@ def test_linf_levels_are_shares_of_each_cases_own_range(model, tmp_path):
         assert float(row["norm"]) <= float(row["epsilon"]) * 1.0001
 
 
+def test_an_ensembles_tvdi_is_at_or_below_that_of_each_member_run_alone(ensemble):
+    """Of its own choice, too; where the ensemble asked a member about every sample, by itself that found the same."""
+    results = {(item["attack"], item["level"]): item for item in ensemble.summary["results"]}
+    compared = 0
+    for level in ("1", "5"):
+        together = results[ENSEMBLE, level]
+        assert together["tvdi"] <= together["tvdi_of_lowest_dice"]
+        assert together["tvdi"] < ensemble.summary["clean"]["tvdi"]
+        for name, attack in ALONE.items():
+            part, alone = together["by_attack"][name], results[attack, level]
+            assert together["tvdi"] <= part["tvdi"]
+            if part["attacked_samples"] == together["by_attack"]["apgd-dice-ce"]["attacked_samples"]:
+                assert part["tvdi"] == alone["tvdi"]
+                compared += name == "apgd-balanced-ce"
+    assert compared
+
+
+def rows_of_members(ensemble: Report) -> tuple[Rows, dict[tuple[str, ...], dict[str, str]]]:
+    """Those of members.csv; and those of samples.csv by attack, level, case and tile."""
+    with (ensemble.folder / "members.csv").open(encoding="utf-8", newline="") as stream:
+        of_members = list(csv.DictReader(stream))
+    names = ("attack", "level", "case", "tile")
+    return of_members, {tuple(row[name] for name in names): row for row in ensemble.samples}
+
+
+def test_members_points_are_those_of_their_own_images(ensemble):
+    """A member run alone ends with the same counts: they are not the ensemble's, and not another member's."""
+    of_members, samples = rows_of_members(ensemble)
+    counts = [f"{kind}_{label}" for label in (1, 2) for kind in ("tp", "fp", "fn")]
+    different = 0
+    for row in of_members:
+        where = row["level"], row["case"], row["tile"]
+        own, kept = samples[(ALONE[row["member"]], *where)], samples[(ENSEMBLE, *where)]
+        assert [row[name] for name in ("dice", *counts)] == [own[name] for name in ("dice", *counts)]
+        different += [row[name] for name in counts] != [kept[name] for name in counts]
+        assert float(kept["dice"]) <= float(row["dice"])
+    assert len(of_members) > 20
+    assert different > 5
+
+
+def test_scoring_members_is_not_counted_as_passes_of_the_attack(ensemble):
+    """The ensemble spends what its members spend, less one pass for the clean image that each asks about alone."""
+    of_members, samples = rows_of_members(ensemble)
+    asked = [[(r["level"], r["case"], r["tile"]) for r in of_members if r["member"] == member] for member in ALONE]
+    by_both = set(asked[0]) & set(asked[1])
+    assert by_both
+    for where in by_both:
+        spent = sum(int(samples[(attack, *where)]["forward_passes"]) for attack in ALONE.values())
+        assert int(samples[(ENSEMBLE, *where)]["forward_passes"]) == spent - 1
+
+
 @pytest.mark.parametrize("mode", ["dice", "threshold"])
 def test_an_ensemble_shows_what_each_member_did(model, tmp_path, mode):
     report = run(
@@ -296,6 +359,9 @@ def test_an_ensemble_shows_what_each_member_did(model, tmp_path, mode):
     if mode == "dice":
         assert first["adi"] == pytest.approx(alone["adi"])
         assert all(ensemble["adi"] <= part["adi"] + 1e-9 for part in ensemble["by_attack"].values())
+    # In threshold mode the later members left samples out; there the kept image stands.
+    assert all(ensemble["tvdi"] <= part["tvdi"] for part in ensemble["by_attack"].values())
+    assert ensemble["tvdi"] <= ensemble["tvdi_of_lowest_dice"]
     assert first["attacked_samples"] >= others[0]["attacked_samples"]
     assert ensemble["robust_share"] <= first["robust_share"]
     table = (tmp_path / "table.md").read_text(encoding="utf-8")

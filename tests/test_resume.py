@@ -256,6 +256,38 @@ def test_what_is_missing_is_named(std_2d, tmp_path, capsys):
         )
 
 
+# ---- ensembles
+
+
+def evaluate_ensemble(model: Path, output: Path, *more: str, status: int = 0) -> None:
+    way = ("--attacks", "autoattack:version=fast", "--levels", "5", "--max-samples", "10", "--no-cases")
+    evaluate(model, output, *way, *more, status=status)
+
+
+def test_stopped_in_parts_and_in_other_batches_an_ensemble_chooses_the_same_points(std_2d, tmp_path, monkeypatch):
+    """The choice is made of all samples together, when the tables are written."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    evaluate_ensemble(std_2d, one, "--batch-size", "64")
+    add, calls = Records.add_samples, {"left": 3}
+
+    def stopping(self: Records, condition: Any, scores: Sequence[Any]) -> None:
+        add(self, condition, scores)
+        calls["left"] -= 1
+        if not calls["left"]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "add_samples", stopping)
+        evaluate_ensemble(std_2d, other, "--batch-size", "2", "-num_parts", "2", "-part_id", "1", status=130)
+    for part in ("1", "0"):
+        evaluate_ensemble(std_2d, other, "--batch-size", "2", "-num_parts", "2", "-part_id", part)
+    with quiet():
+        assert main(["evaluate", "--merge", "-o", str(other)]) == 0
+    for name in ("samples.csv", "members.csv", "table.md"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert read(one / "summary.json")["results"] == read(other / "summary.json")["results"]
+
+
 # ---- only the same run is continued
 
 
@@ -312,7 +344,7 @@ def test_results_of_a_version_without_records_are_not_overwritten(std_2d, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"schema": "nnunet_ima/run/99"}', "{", '{"schema": "nnunet_ima/run/1"}']
+    "content", ["", "[]", '{"schema": "nnunet_ima/run/99"}', "{", '{"schema": "nnunet_ima/run/2"}']
 )
 def test_a_damaged_run_file_is_named(std_2d, in_peace, tmp_path, capsys, content):
     shutil.copytree(in_peace, tmp_path / "run")

@@ -1,11 +1,9 @@
 """Checks of results: what one attack's figures say about another's."""
 
-import math
-
 import numpy as np
 import pytest
 
-from nnunet_ima.evaluation.outcomes import Outcome, SampleKey, SampleScore
+from nnunet_ima.evaluation.outcomes import MemberScore, Outcome, SampleKey, SampleScore
 from nnunet_ima.evaluation.protocols import Level
 from nnunet_ima.evaluation.trust import check
 
@@ -13,13 +11,18 @@ LEVEL = Level("5", 5.0)
 SAMPLES = (SampleKey("a", 0), SampleKey("b", 0))
 
 
-def outcome(attack: str, dice: float, level: Level | None = LEVEL, **members: tuple[float, float]) -> Outcome:
-    """Two samples of the same Dice; ``members`` give theirs for each, NaN where they were not asked."""
+def outcome(attack: str, dice: float, level: Level | None = LEVEL, **members: tuple[float | None, float]) -> Outcome:
+    """Two samples of the same Dice; ``members`` give theirs for each, None where they were not asked."""
+    nothing = np.zeros((1, 3))
+    found = [
+        {
+            name.replace("_", "-"): None if (own := values[number]) is None else MemberScore(own, nothing)
+            for name, values in members.items()
+        }
+        for number in range(len(SAMPLES))
+    ]
     scores = [
-        SampleScore(
-            name, np.zeros((1, 3)), dice, 0.9, 5.0, 5.0, 1, 1, {k.replace("_", "-"): v[i] for k, v in members.items()}
-        )
-        for i, name in enumerate(SAMPLES)
+        SampleScore(name, nothing, dice, 0.9, 5.0, 5.0, 1, 1, parts) for name, parts in zip(SAMPLES, found, strict=True)
     ]
     return Outcome(attack, level, scores)
 
@@ -44,17 +47,17 @@ def test_a_black_box_that_is_stronger_than_the_gradient_attacks_is_flagged(white
 def test_members_of_an_ensemble_count():
     hidden = outcome("autoattack", 0.1, apgd_ce=(0.9, 0.9), apgd_t=(0.8, 0.8), square=(0.1, 0.1))
     assert "white_box_beats_black_box" in failed(hidden)
-    hidden = outcome("autoattack", 0.05, apgd_ce=(0.0, 0.9), square=(math.nan, 0.1))
+    hidden = outcome("autoattack", 0.05, apgd_ce=(0.0, 0.9), square=(None, 0.1))
     assert "white_box_beats_black_box" in failed(hidden)
     # Where a member was not asked any more the Dice was 0 before it.
-    honest = outcome("autoattack", 0.1, apgd_ce=(0.0, 0.2), square=(math.nan, 0.3))
+    honest = outcome("autoattack", 0.1, apgd_ce=(0.0, 0.2), square=(None, 0.3))
     assert "white_box_beats_black_box" not in failed(honest)
 
 
 def test_what_is_content_with_wrong_samples_is_compared_with_nothing():
     content = outcome("apgd:mode=threshold", 0.58)
     assert failed(content, outcome("square", 0.3), outcome("white-noise", 0.5)) == set()
-    ensemble = outcome("autoattack:mode=threshold", 0.5, apgd_ce=(0.58, 0.58), square=(math.nan, 0.2))
+    ensemble = outcome("autoattack:mode=threshold", 0.5, apgd_ce=(0.58, 0.58), square=(None, 0.2))
     assert "white_box_beats_black_box" not in names(ensemble)
     assert failed(outcome("fab", 0.59), outcome("white-noise", 0.5)) == set()
 

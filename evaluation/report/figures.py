@@ -113,6 +113,16 @@ class Setting:
             f"intervals are too narrow)"
         )
 
+    @cached_property
+    def choice_note(self) -> str:
+        """What the TVDI of an ensemble is of, and what resampling does to that; empty if none was run."""
+        if not any("by_attack" in item for run in self.runs for item in run.attacked):
+            return ""
+        return (
+            " The TVDI of an ensemble (autoattack) is the lowest that was found by taking one of its points for each "
+            "sample; that choice was made once, on all samples of a run, and resampling keeps it."
+        )
+
     @cache  # noqa: B019 (settings live as long as the report)
     def interval(self, run: Results, key: Key) -> Interval:
         """Of a run's TVDI."""

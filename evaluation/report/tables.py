@@ -67,6 +67,7 @@ def robustness_table(setting: Setting) -> Table | None:
     )
     if clamped:
         note += " Clamp only: what the protocol does to the scans before any attack."
+    note += setting.choice_note
     return Table(f"TVDI under each attack: {setting.name}", head, rows, note, names=2)
 
 
@@ -92,7 +93,7 @@ def difference_table(setting: Setting) -> Table | None:
         f"TVDI in points minus that of {first.title}, on the same samples, each under the attack that is worst for it: "
         f"95 % interval by paired bootstrap over {setting.unit_resampled}, p by a permutation test that swaps the two "
         f"models' results of one. Not corrected for the number of comparisons; the sentence on top asks once, of "
-        f"the mean over the attacked levels."
+        f"the mean over the attacked levels.{setting.choice_note}"
     )
     title = f"Against {first.title}: {setting.name}"
     return Table(title, ["model", "level", "difference", "95 % interval", "p"], rows, note, names=2)
@@ -100,7 +101,8 @@ def difference_table(setting: Setting) -> Table | None:
 
 def further_table(setting: Setting) -> Table:
     """All other figures."""
-    head = ["model", "attack", "level", "TVDI", "ADI", "correct", "case Dice", "HD95 (mm)", "surface Dice", "passes"]
+    head = ["model", "attack", "level", "TVDI", "TVDI of lowest Dice", "ADI", "correct", "case Dice", "HD95 (mm)"]
+    head += ["surface Dice", "passes"]
     rows = []
     for run in setting.runs:
         clamped = [("none, clamped", run.summary["clamp_only"])] if "clamp_only" in run.summary else []
@@ -108,7 +110,8 @@ def further_table(setting: Setting) -> Table:
         for name, figures in (("none (clean)", run.summary["clean"]), *clamped, *attacked):
             passes = figures.get("forward_passes_per_sample")
             backward = figures.get("backward_passes_per_sample")
-            shares = [figures[name] for name in ("tvdi", "adi", "robust_share", "case_dice")]
+            names = ("tvdi", "tvdi_of_lowest_dice", "adi", "robust_share", "case_dice")
+            shares = [figures.get(name) for name in names]
             spent = None if passes is None else float(passes) + float(backward)
             rows.append([
                 Cell(run.title), Cell(name), Cell(figures.get("level", "0")),
@@ -116,9 +119,10 @@ def further_table(setting: Setting) -> Table:
                 _dice(_number(figures["surface_dice"])), _plain(spent, ".0f"),
             ])  # fmt: skip
     note = (
-        "Dice and shares in %. Correct: samples with a Dice above the threshold. Case Dice is nnU-Net's own, of whole "
-        "cases through its sliding window; HD95 and surface Dice (1 mm) are means over cases. Passes: forward and "
-        "backward passes of a sample that the attack spent."
+        "Dice and shares in %. TVDI of lowest Dice: that of the images on which each sample has its lowest Dice, of "
+        "which all other figures are; only of an ensemble it is another than TVDI. Correct: samples with a Dice above "
+        "the threshold. Case Dice is nnU-Net's own, of whole cases through its sliding window; HD95 and surface Dice "
+        "(1 mm) are means over cases. Passes: forward and backward passes of a sample that the attack spent."
     )
     return Table(f"All figures: {setting.name}", head, rows, note, names=3)
 
@@ -143,7 +147,7 @@ def case_table(setting: Setting) -> Table | None:
             for row in rows:
                 value = nan_mean(run.cases[setting.worst(run, level)].get(row[0].text, {}).get(kind, []))
                 row.append(_plain(value, ".1f") if kind == "hd95_mm" else _dice(value))
-    origin = "nnU-Net's, of the whole case" if whole else "of the case's attacked samples together"
+    origin = "nnU-Net's, of the whole case" if whole else "of the case's attacked samples, as TVDI pools them"
     note = f"Dice in %, mean of the classes, {origin}; each model under the attack that is worst for it."
     return Table(f"Case by case: {setting.name}", head, rows, note)
 
@@ -188,7 +192,9 @@ def class_table(setting: Setting) -> Table | None:
             dice = np.divide(2 * counts[:, 0], whole, out=np.full(len(whole), np.nan), where=whole > 0)
             rows.append([Cell(run.title), Cell(name), *(_dice(float(value)) for value in dice)])
     head = ["model", "condition", *classes]
-    return Table(f"By class: {setting.name}", head, rows, "Dice in %, voxels of all samples pooled.", names=2)
+    return Table(
+        f"By class: {setting.name}", head, rows, "Dice in %, voxels of all samples as TVDI pools them.", names=2
+    )
 
 
 def as_csv(table: Table) -> str:
