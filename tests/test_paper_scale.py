@@ -22,7 +22,7 @@ def a_training(work: Path, name: str = "checkpoint_latest.pth", features: int = 
     weight = torch.randn(features, features)
     checkpoint = {
         "network_weights": {"encoder.w": weight, "decoder.encoder.w": weight},
-        "optimizer_state": {"state": {0: {"momentum_buffer": torch.randn(features, features)}}, "param_groups": [{"lr": 0.01}]},
+        "optimizer_state": {"state": {0: {"momentum_buffer": torch.randn(features, features)}}, "param_groups": []},
         "grad_scaler_state": {"scale": 65536.0},
         "init_args": {"nnunet_ima": {"state": {"margins": {"case": torch.rand(5) * 15}, "visits": torch.arange(5)}}},
         "averages": torch.rand(4).half(),
