@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_ima.attacks import AttackResult, AutoAttackResult, check_network
+from nnunet_ima.attacks.graphs import CudaGraphs
 from nnunet_ima.attacks.oracle import finite_logits, undisturbed
 from nnunet_ima.dice import DiceCriterion, confusion, sample_dice
 from nnunet_ima.errors import UserError, is_out_of_memory
@@ -232,6 +233,7 @@ class Runner:
         use_exact_convolutions()
         # What was too much before would be too much again.
         self.chunk, self.batch_size = records.smallest_chunk or evaluation.chunk, evaluation.batch_size
+        self.graphs = self._new_graphs()
         self._samples_of: dict[str, list[Sample]] = {name: [] for name in sorted(selection.complete_cases)}
         for sample in selection.samples:
             self._samples_of.setdefault(sample.case, []).append(sample)
@@ -299,6 +301,7 @@ class Runner:
 
     def _use_less_memory(self, batch_size: int) -> None:
         self.chunk, self.batch_size = max(1, self.chunk // 2), max(1, batch_size // 2)
+        self.graphs = self._new_graphs()
         if self.evaluation.device.type == "cuda":
             torch.cuda.empty_cache()
         self.records.note_chunk(self.chunk)
@@ -306,6 +309,9 @@ class Runner:
             f"The memory was not enough: from here on {self.batch_size} samples are attacked at once, {self.chunk} in "
             f"each pass; the last digits of a result depend on the latter."
         )
+
+    def _new_graphs(self) -> CudaGraphs | None:
+        return CudaGraphs(self.chunk) if self.evaluation.device.type == "cuda" else None
 
     def attack(self, choice: AttackChoice | None, condition: Condition, batch: Sequence[Sample]) -> Iterator[_Attacked]:
         """Attack a batch; without a choice it stays as it is, or is only clamped."""
@@ -322,6 +328,7 @@ class Runner:
                 criterion=self.evaluation.criterion,
                 seed=self.evaluation.seed,
                 chunk=self.chunk,
+                graphs=self.graphs,
             )
             result = attack(self.model.network, images, targets)
             perturbed, passes, backward = result.images, result.forward_passes, result.backward_passes

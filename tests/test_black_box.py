@@ -11,10 +11,15 @@ from nnunet_ima.attacks import SPSA, WhiteNoise
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
 from nnunet_ima.attacks.square import (
     Square,
-    _l2_proposal,
+    _fitting,
+    _l2_draw,
+    _l2_proposals,
+    _linf_proposals,
     _pyramid,
+    _sign,
     _tiles,
     _two_pyramids,
+    _window,
     covered_share,
     odd_side,
     side,
@@ -125,7 +130,7 @@ def test_an_l2_proposal_moves_mass_and_keeps_the_norm(channels, size, seed, shar
         generator = seeded(seed)
         delta = _tiles(torch.zeros((channels, *[size] * axes)), generator)
         delta = delta / delta.norm()
-        tried = _l2_proposal(delta, share, generator)
+        tried = _l2_proposals(delta[None], share, [generator])[0]
         # Few voxels may cancel out; the attack then scales the whole to norm ε.
         assert float(tried.norm()) < 1.001
         assert odd_side(share, [size] * axes) < 4 or float(tried.norm()) == pytest.approx(1.0, abs=1e-3)
@@ -133,10 +138,51 @@ def test_an_l2_proposal_moves_mass_and_keeps_the_norm(channels, size, seed, shar
         assert (changed <= 2 * odd_side(share, [size] * axes) ** axes).all()
 
 
+def slow_l2(delta, share, generator):
+    """Algorithm 3 for one sample (C, *spatial), window by window."""
+    channels, *spatial = delta.shape
+    length = odd_side(share, spatial)
+    place, emptied_at, along, signs = _l2_draw(length, spatial, channels, generator)
+    cuts = [
+        (slice(None), *(slice(c, c + min(length, size)) for c, size in zip(corner, spatial, strict=True)))
+        for corner in (place, emptied_at)
+    ]
+    signs = signs.reshape(channels, *[1] * len(spatial)).to(delta)
+    both = torch.zeros_like(delta, dtype=torch.bool)
+    for cut in cuts:
+        both[cut] = True
+    tried, old = delta.clone(), delta[cuts[0]]
+    free = (1 - delta.square().sum()) / channels + (delta.square() * both).flatten(1).sum(1)
+    pattern = _fitting(_two_pyramids(length, len(spatial)).transpose(0, along)[None], old)
+    fresh = pattern * signs + old / (1e-10 + old.flatten(1).norm(dim=1).reshape(signs.shape))
+    fresh = fresh / (1e-10 + fresh.flatten(1).norm(dim=1).reshape(signs.shape))
+    tried[cuts[1]] = 0
+    tried[cuts[0]] = fresh * free.clamp_min(0).sqrt().reshape(signs.shape)
+    return tried
+
+
 @few
-@given(st.integers(2, 15), st.integers(2, 3), seeds)
-def test_the_pattern_is_two_pyramids_of_opposite_sign(length, axes, seed):
-    pattern = _two_pyramids(length, axes, seeded(seed))
+@given(st.integers(1, 3), st.lists(st.integers(2, 12), min_size=2, max_size=3), seeds, st.floats(0.001, 0.9))
+def test_proposals_for_many_samples_are_those_for_each(channels, spatial, seed, share):
+    delta = torch.randn((3, channels, *spatial), generator=seeded(seed))
+    delta = delta / lp_norm(delta, "l2").reshape(-1, *[1] * (delta.ndim - 1))
+    together, one = ([seeded(seed + i) for i in range(3)] for _ in range(2))
+    slow = torch.stack([slow_l2(d, share, generator) for d, generator in zip(delta, one, strict=True)])
+    torch.testing.assert_close(_l2_proposals(delta, share, together), slow, atol=1e-5, rtol=1e-5)
+    tried = _linf_proposals(delta.sign(), share, together)
+    for change, before, generator in zip(tried, delta.sign(), one, strict=True):
+        length = side(share, spatial)
+        corner = _window(length, spatial, generator)
+        before[(slice(None), *(slice(c, c + length) for c in corner))] = _sign(channels, generator).reshape(
+            channels, *[1] * len(spatial)
+        )
+        assert torch.equal(change, before)
+
+
+@few
+@given(st.integers(2, 15), st.integers(2, 3))
+def test_the_pattern_is_two_pyramids_of_opposite_sign(length, axes):
+    pattern = _two_pyramids(length, axes)
     assert float(pattern.norm()) == pytest.approx(1.0)
     assert (pattern > 0).any()
     assert (pattern < 0).any()

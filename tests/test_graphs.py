@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from tiny_networks import tiny_network
 from torch import Tensor
 
-from nnunet_ima.attacks import graphs
+from nnunet_ima.attacks import APGD, BPGD, FAB, PGD, SPSA, AutoAttack, Square, TargetedAPGD, WhiteNoise, graphs
 from nnunet_ima.attacks.graphs import CudaGraphs
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle, undisturbed
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.losses import SegmentationLoss
+from nnunet_ima.threat import ThreatModel
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine")
 
@@ -54,10 +56,11 @@ def make(device: str, samples: int, seed: int = 0):
 def answers(network, images, targets, index, graph: CudaGraphs | None):
     with undisturbed(network):
         best = BestSoFar(images)
-        oracle = Oracle(network, targets, SegmentationLoss(), DiceCriterion(), best=best, graphs=graph)
+        oracle = Oracle(network, targets, SegmentationLoss(), DiceCriterion(), best=best, graphs=graph, checked=True)
         ascent = oracle.ascent(images[index], index)
+        score = oracle.score(images[index] - 1, index)
         dice = oracle.dice(images[index] + 1, index)
-    return [*ascent, dice, best.dice, best.images, oracle.forward_passes, oracle.backward_passes]
+    return [*ascent, *score, dice, best.dice, best.images, oracle.forward_passes, oracle.backward_passes]
 
 
 def same(some, others, tolerance: float = 1e-6) -> None:
@@ -97,7 +100,7 @@ def test_a_question_is_captured_once_for_each_size(replayed):
     graph = CudaGraphs(8, 4)  # 2, 4, 6, 8
     for samples in (8, 7, 6, 5, 3, 1, 8, 2):
         answers(network, images, targets, torch.arange(samples), graph)
-    assert Replayed.captured == 2 * 4  # ascents and Dice, at four sizes
+    assert Replayed.captured == 3 * 4  # ascents, scores and Dice, at four sizes
 
 
 def test_weights_that_an_optimiser_changed_are_seen(replayed):
@@ -110,7 +113,7 @@ def test_weights_that_an_optimiser_changed_are_seen(replayed):
     after = answers(network, images, targets, index, graph)
     assert not torch.equal(before[1], after[1])
     same(after, answers(network, images, targets, index, None))
-    assert Replayed.captured == 2
+    assert Replayed.captured == 3
 
 
 def test_weights_that_moved_are_captured_anew(replayed):
@@ -120,7 +123,7 @@ def test_weights_that_moved_are_captured_anew(replayed):
     for parameter in network.parameters():
         parameter.data = parameter.data.clone() * 2
     same(answers(network, images, targets, index, graph), answers(network, images, targets, index, None))
-    assert Replayed.captured == 4
+    assert Replayed.captured == 6
 
 
 def test_without_memory_for_graphs_answers_come_without_them(monkeypatch):
@@ -133,6 +136,45 @@ def test_without_memory_for_graphs_answers_come_without_them(monkeypatch):
     graph, index = CudaGraphs(4), torch.arange(3)
     same(answers(network, images, targets, index, graph), answers(network, images, targets, index, None))
     assert graph.refused == "CUDA out of memory."
+
+
+def test_what_cannot_be_captured_does_not_spoil_the_rest(monkeypatch):
+    class Picky(Replayed):
+        def __init__(self, question: graphs.Question, inputs: Sequence[Tensor], beside: object) -> None:
+            if len(inputs) == 1:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            super().__init__(question, inputs, beside)
+
+    monkeypatch.setattr(graphs, "_Graph", Picky)
+    graph, network = CudaGraphs(1), torch.nn.Identity()
+    before = Replayed.captured, Picky.captured
+    for _ in range(2):
+        assert graph.ask("one", lambda x: (x + 1,), network, [torch.zeros(1)])[0] == 1
+        assert graph.ask("two", lambda x, y: (x + y,), network, [torch.ones(1), torch.ones(1)])[0] == 2
+    assert graph.refused == "operation not permitted when stream is capturing"
+    assert Picky.captured == before[1] + 1
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_every_attack_finds_with_graphs_what_it_finds_without(replayed, norm):
+    """Also those whose loss changes on the way, or that bring random numbers of their own."""
+    network, images, targets = make("cpu", 4)
+    threat = ThreatModel(norm, 0.5)
+    for kind in (
+        partial(AutoAttack, members=[APGD(threat, steps=4), TargetedAPGD(threat, steps=4), FAB(threat, steps=4)]),
+        partial(APGD, loss="segpgd", steps=4),
+        partial(Square, n_queries=6),
+        partial(PGD, steps=3, restarts=2),
+        partial(BPGD, steps=3),
+        partial(SPSA, steps=2, samples=4),
+        partial(WhiteNoise, draws=3),
+    ):
+        plain = kind(threat, chunk=3)(network, images, targets)
+        found = kind(threat, chunk=3, graphs=CudaGraphs(3))(network, images, targets)
+        assert torch.equal(found.images, plain.images)
+        assert torch.equal(found.dice, plain.dice)
+        assert torch.equal(found.queries, plain.queries)
+    assert Replayed.captured
 
 
 def test_old_graphs_go(replayed, monkeypatch):
@@ -157,7 +199,7 @@ def test_graphs_on_a_gpu_answer_as_the_network_does(samples):
             for parameter in network.parameters():
                 parameter.add_(0.05)
     assert graph.refused is None
-    assert len(graph._graphs) == 2
+    assert len(graph._graphs) == 3
 
 
 @needs_gpu

@@ -390,6 +390,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             chunk=self.attack_chunk,
             autocast=self.attack_autocast,
             graphs=self._graphs,
+            checked=True,
         )
 
     @property

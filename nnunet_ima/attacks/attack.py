@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ima.attack_losses import LOSSES, LossFunction
+from nnunet_ima.attacks.graphs import CudaGraphs
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle, undisturbed
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.losses import Outputs, first
@@ -61,6 +62,8 @@ class Attack(ABC):
         seed: of the random numbers; a sample's depend on this and on its image alone.
         chunk: images per pass through the network, see :class:`~nnunet_ima.attacks.oracle.Oracle`.
         autocast: makes the context in which the network runs (mixed precision).
+        graphs: on CUDA, answers by replay; see :class:`~nnunet_ima.attacks.graphs.CudaGraphs`. It outlives the attack,
+            so that the next batch finds everything captured.
     """
 
     name: ClassVar[str]
@@ -77,6 +80,7 @@ class Attack(ABC):
     seed: int = 0
     chunk: int | None = None
     autocast: Autocast = nullcontext
+    graphs: CudaGraphs | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -138,6 +142,7 @@ class Attack(ABC):
                 autocast=self.autocast,
                 best=best,
                 repeats=self.repeats,
+                graphs=self.graphs,
             )
             oracle.dice(start, torch.arange(len(images), device=images.device))
             yield oracle, best

@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
+from nnunet_ima.errors import is_out_of_memory
+
 Answer = tuple[Tensor, ...]
 Question = Callable[..., Answer]
 
@@ -24,8 +26,8 @@ class CudaGraphs:
     """Captures each question once for each size it is asked at, and replays it from then on.
 
     A graph holds on to the network's parameters where they lie in memory; what an optimiser does to them in place, a
-    replay sees. If they are moved, everything is captured anew. Where a capture fails, for want of memory or because
-    the network cannot be captured, questions are answered without graphs from then on, and :attr:`refused` says why.
+    replay sees. If they are moved, everything is captured anew. What cannot be captured (it looks at a value) is
+    answered without a graph from then on, and so is everything where the memory is not enough; :attr:`refused` says why.
 
     Args:
         most: the largest number of images in a pass.
@@ -35,6 +37,8 @@ class CudaGraphs:
     def __init__(self, most: int, sizes: int = 1) -> None:
         self.sizes = tuple(sorted({-(-most * i // sizes) for i in range(1, sizes + 1)}))
         self.refused: str | None = None
+        self._not_these: set[Hashable] = set()
+        self._memory_is_enough = True
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._where: tuple[int, ...] = ()
         self._first: _Graph | None = None
@@ -52,7 +56,7 @@ class CudaGraphs:
             network: whose parameters the question uses.
             inputs: CUDA tensors, always of the same shapes for the same kind and size.
         """
-        if self.refused is not None:
+        if kind in self._not_these or not self._memory_is_enough:
             return question(*inputs)
         where = tuple(parameter.data_ptr() for parameter in network.parameters())
         if where != self._where:
@@ -64,9 +68,11 @@ class CudaGraphs:
                 self._graphs[key] = _Graph(question, inputs, self._first)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, too
                 self.refused = " ".join(str(error).split())[:200] or type(error).__name__
-                self._graphs.clear()
-                self._first = None
-                torch.cuda.empty_cache()
+                self._not_these.add(kind)
+                if is_out_of_memory(error):
+                    self._memory_is_enough, self._first = False, None
+                    self._graphs.clear()
+                    torch.cuda.empty_cache()
                 return question(*inputs)
             self._first = self._first or self._graphs[key]
             while len(self._graphs) > MOST_GRAPHS:

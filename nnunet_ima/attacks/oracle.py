@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ class Oracle:
         repeats: answer with the mean over this many passes, for a network that draws random numbers: of a single lucky
             draw nothing is kept.
         graphs: on CUDA, answer by replaying graphs, in passes of their sizes instead of ``chunk``. Losses and criteria
-            that are equal must then compute the same, and the targets are taken to belong to the network.
+            that are equal must then compute the same.
+        checked: the targets are known to belong to the network; else the first answer looks at them.
 
     A pass that has to be repeated in single precision, because half precision overflowed, counts once.
     """
@@ -77,11 +79,11 @@ class Oracle:
         best: BestSoFar | None = None,
         repeats: int = 1,
         graphs: CudaGraphs | None = None,
+        checked: bool = False,
     ) -> None:
         self._repeats = repeats
         self._graphs = graphs
-        # A graph cannot look at the targets.
-        self._readable = graphs is not None
+        self._readable = checked
         self._network = network
         self._targets = targets
         self._loss = loss
@@ -145,13 +147,8 @@ class Oracle:
         loss = self._loss_at(progress)
 
         def once() -> tuple[Tensor, Tensor]:
-            losses, dice = [], []
-            for part, targets, real in self._parts(images, index):
-                logits = finite_logits(self._network, part, self._autocast, real)
-                # A black box shows its prediction, not what deep supervision makes of it.
-                losses.append(loss(logits, targets)[:real])
-                dice.append(self._dice(logits, targets)[:real])
-            return _cat(losses, images), _cat(dice, images)
+            parts = [self._score_of(loss, *part) for part in self._parts(images, index)]
+            return _cat([part[0] for part in parts], images), _cat([part[1] for part in parts], images)
 
         with torch.no_grad():
             losses, dice = self._mean(once)
@@ -222,8 +219,24 @@ class Oracle:
             yield _fill(images[start : start + size], missing), targets, len(part)
             start += size
 
+    def _can_replay(self, loss: LossFunction | None = None) -> bool:
+        """Whether a graph may answer: it cannot look at targets, repeat random numbers, or hold a loss that changes."""
+        steady = loss is None or (_compares(loss) and self._loss is loss)
+        return self._graphs is not None and self._readable and self._repeats == 1 and steady
+
+    def _score_of(self, loss: LossFunction, images: Tensor, targets: Outputs, real: int) -> tuple[Tensor, Tensor]:
+        if self._can_replay(loss):
+            losses, dice, finite = self._ask(
+                ("score", loss), lambda x, *y: self._score_and_finite(loss, x, _like(targets, y)), images, targets
+            )
+            if bool(finite[:real].all()):
+                return losses[:real], dice[:real]
+        logits = finite_logits(self._network, images, self._autocast, real)
+        # A black box shows its prediction, not what deep supervision makes of it.
+        return loss(logits, targets)[:real], self._dice(logits, targets)[:real]
+
     def _dice_of(self, images: Tensor, targets: Outputs, real: int) -> Tensor:
-        if self._graphs is not None:
+        if self._can_replay():
             dice, finite = self._ask("dice", self._dice_and_finite, images, targets)
             if bool(finite[:real].all()):
                 return dice[:real]
@@ -231,7 +244,7 @@ class Oracle:
         return self._dice(logits, targets)[:real]
 
     def _ascent_of(self, loss: LossFunction, images: Tensor, targets: Outputs, real: int) -> Ascent:
-        if self._graphs is None:
+        if not self._can_replay(loss):
             found = self._differentiate(loss, images, targets, self._autocast)
         else:
             found = Ascent(
@@ -259,6 +272,11 @@ class Oracle:
         inputs = [images, *([targets] if isinstance(targets, Tensor) else targets)]
         mixed = self._autocast is not nullcontext
         return self._graphs.ask((kind, self._criterion, mixed), question, self._network, inputs)
+
+    def _score_and_finite(self, loss: LossFunction, images: Tensor, targets: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+        with self._autocast():
+            logits = first(self._network(images)).float()
+        return loss(logits, targets), self._dice(logits, targets), torch.isfinite(logits).flatten(1).all(1)
 
     def _dice_and_finite(self, images: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
         with self._autocast():
@@ -334,6 +352,11 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def _compares(loss: object) -> bool:
+    """Whether a loss that is equal to ``loss`` is known to compute the same."""
+    return is_dataclass(loss)
 
 
 def _like(targets: Outputs, parts: Sequence[Tensor]) -> Outputs:

@@ -45,10 +45,12 @@ class Square(Attack):
         if not len(index) or not self.n_queries:
             return
         generators = sample_generators(images, self.seed, self.name)
-        propose = _linf_proposal if self.threat.norm == "linf" else _l2_proposal
+        propose = _linf_proposals if self.threat.norm == "linf" else _l2_proposals
         threat, clean, drawn = self.threat.select(index), images[index], [generators[i] for i in index.tolist()]
         begin = _stripes if self.threat.norm == "linf" else _tiles
-        delta = torch.stack([begin(image, generator) for image, generator in zip(clean, drawn, strict=True)])
+        # Piece by piece, which is slow on a GPU.
+        parts = [begin(image, generator) for image, generator in zip(clean.cpu(), drawn, strict=True)]
+        delta = torch.stack(parts).to(clean)
         point = threat.project(clean + _scaled(delta, threat, clean), clean)
         loss, _ = oracle.score(point, index)
         for query in range(1, self.n_queries):
@@ -62,7 +64,7 @@ class Square(Attack):
             share = covered_share(self.p_init, query, self.n_queries)
             radius = per_sample(threat.radius(clean).flatten(1).amax(1), clean)
             current = delta if threat.norm == "linf" else (point - clean) / radius.clamp_min(1e-12)
-            tried = torch.stack([propose(one, share, generator) for one, generator in zip(current, drawn, strict=True)])
+            tried = propose(current, share, drawn)
             candidate = threat.project(clean + _scaled(tried, threat, clean), clean)
             new_loss, _ = oracle.score(candidate, index, progress=query / self.n_queries)
             better = new_loss > loss
@@ -107,10 +109,24 @@ def _below(limit: int, generator: torch.Generator) -> int:
     return int(torch.randint(0, max(1, limit), (1,), generator=generator))
 
 
-def _window(length: int, spatial: Sequence[int], generator: torch.Generator) -> Window:
-    """A random place for a square, of all channels."""
-    corner = [_below(size - length + 1, generator) for size in spatial]
-    return slice(None), *(slice(c, c + min(length, size)) for c, size in zip(corner, spatial, strict=True))
+def _window(length: int, spatial: Sequence[int], generator: torch.Generator) -> list[int]:
+    """The corner of a random square."""
+    return [_below(size - length + 1, generator) for size in spatial]
+
+
+def _inside(corners: Tensor, length: int, spatial: Sequence[int]) -> Tensor:
+    """True (n, 1, *spatial) in the squares at ``corners`` (n, axes)."""
+    inside = torch.ones((len(corners), 1, *[1] * len(spatial)), dtype=torch.bool, device=corners.device)
+    for axis in range(len(spatial)):
+        place = _offsets(corners, axis, spatial)
+        inside = inside & ((place >= 0) & (place < length))[:, None]
+    return inside
+
+
+def _offsets(corners: Tensor, axis: int, spatial: Sequence[int]) -> Tensor:
+    """How far a voxel lies from the corner along an axis: (n, 1, ..., size, ..., 1)."""
+    place = torch.arange(spatial[axis], device=corners.device) - corners[:, axis : axis + 1]
+    return place.reshape(len(corners), *(size if i == axis else 1 for i, size in enumerate(spatial)))
 
 
 def _fitting(pattern: Tensor, region: Tensor) -> Tensor:
@@ -125,13 +141,14 @@ def _stripes(image: Tensor, generator: torch.Generator) -> Tensor:
     return _signs((channels, 1, *rest), generator, image).expand(channels, first, *rest).clone()
 
 
-def _linf_proposal(delta: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Algorithm 2: a square of one sign a channel."""
-    spatial = delta.shape[1:]
-    window = _window(side(share, spatial), spatial, generator)
-    tried = delta.clone()
-    tried[window] = _signs((delta.shape[0], *[1] * len(spatial)), generator, delta)
-    return tried
+def _linf_proposals(delta: Tensor, share: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Algorithm 2 for each sample of (n, C, *spatial): a square of one sign a channel."""
+    channels, *spatial = delta.shape[1:]
+    length = side(share, spatial)
+    drawn = [(_window(length, spatial, generator), _sign(channels, generator)) for generator in generators]
+    corners = torch.tensor([corner for corner, _ in drawn], device=delta.device)
+    signs = torch.stack([sign for _, sign in drawn]).to(delta).reshape(len(delta), channels, *[1] * len(spatial))
+    return torch.where(_inside(corners, length, spatial), signs, delta)
 
 
 def _tiles(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -148,42 +165,77 @@ def _tiles(image: Tensor, generator: torch.Generator) -> Tensor:
             rest, step = divmod(rest, count)
             corner.append(start + step * length)
         window: Window = (slice(None), *(slice(c, c + length) for c in corner))
-        pattern = _two_pyramids(length, len(spatial), generator).to(image)
+        along = _pyramid_axis(length, len(spatial), generator)
+        pattern = _two_pyramids(length, len(spatial)).transpose(0, along).to(image)
         signs = _signs((channels, *[1] * len(spatial)), generator, image)
         region = delta[window]
         region += _fitting(pattern * signs, region)
     return delta
 
 
-def _l2_proposal(delta: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Algorithm 3: empty one square, and put its mass and what is missing to norm 1 into another."""
-    channels, *spatial = delta.shape
-    length = odd_side(share, spatial)
+def _l2_proposals(delta: Tensor, share: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Algorithm 3 for each sample of (n, C, *spatial).
+
+    One square is emptied, and its mass and what is missing to norm 1 put into another.
+    """
+    channels, *spatial = delta.shape[1:]
+    axes, length = len(spatial), odd_side(share, spatial)
+    drawn = [_l2_draw(length, spatial, channels, generator) for generator in generators]
+    place, emptied_at, along = (torch.tensor([one[i] for one in drawn], device=delta.device) for i in range(3))
+    signs = torch.stack([one[3] for one in drawn]).to(delta).reshape(len(delta), channels, *[1] * axes)
+    filled, emptied = (_inside(corners, length, spatial) for corners in (place, emptied_at))
+
+    def over_channel(values: Tensor) -> Tensor:
+        return values.flatten(2).sum(2).reshape(signs.shape)
+
+    square = delta.square()
+    missing = per_sample(1 - square.flatten(1).sum(1), delta)
+    free = missing / channels + over_channel(square * (filled | emptied))
+    old = delta * filled
+    pattern = _placed(_two_pyramids(length, axes).to(delta), place, along, spatial)
+    fresh = (pattern * signs + old / (1e-10 + over_channel(old.square()).sqrt())) * filled
+    fresh = fresh / (1e-10 + over_channel(fresh.square()).sqrt()) * free.clamp_min(0).sqrt()
+    return torch.where(filled, fresh, torch.where(emptied, torch.zeros_like(delta), delta))
+
+
+def _l2_draw(
+    length: int, spatial: Sequence[int], channels: int, generator: torch.Generator
+) -> tuple[list[int], list[int], int, Tensor]:
+    """What is random about a proposal: the square to be filled, that to be emptied, the pattern's axis, the signs."""
     filled, emptied = _window(length, spatial, generator), _window(length, spatial, generator)
-    tried = delta.clone()
-    both = torch.zeros_like(delta, dtype=torch.bool)
-    both[filled] = both[emptied] = True
-    free = (1 - float(delta.square().sum())) / channels + (delta.square() * both).flatten(1).sum(1)
-    pattern = _two_pyramids(length, len(spatial), generator).to(delta)
-    signs = _signs((channels, *[1] * len(spatial)), generator, delta)
-    old = delta[filled]
-    old_norm = old.flatten(1).norm(dim=1).reshape(signs.shape)
-    fresh = _fitting(pattern[None] * signs, old) + old / (1e-10 + old_norm)
-    norm = fresh.flatten(1).norm(dim=1).reshape(signs.shape)
-    fresh = fresh / (1e-10 + norm) * free.clamp_min(0).sqrt().reshape(signs.shape)
-    tried[emptied] = 0
-    tried[filled] = fresh
-    return tried
+    return filled, emptied, _pyramid_axis(length, len(spatial), generator), _sign(channels, generator)
 
 
-def _two_pyramids(length: int, axes: int, generator: torch.Generator) -> Tensor:
-    """Pattern η of the paper, of norm 1: two pyramids of opposite sign side by side along a random axis."""
+def _sign(channels: int, generator: torch.Generator) -> Tensor:
+    """±1 for each channel (C,)."""
+    return 2 * torch.randint(0, 2, (channels,), generator=generator) - 1
+
+
+def _pyramid_axis(length: int, axes: int, generator: torch.Generator) -> int:
+    """Along which axis the two pyramids lie; of a single voxel there is nothing to be drawn."""
+    return _below(axes, generator) if length // 2 else 0
+
+
+def _placed(pattern: Tensor, corners: Tensor, along: Tensor, spatial: Sequence[int]) -> Tensor:
+    """``pattern``, turned along an axis for each sample, with its corner at ``corners``: (n, 1, *spatial).
+
+    Outside its square it holds what its edge holds.
+    """
+    turned = torch.stack([pattern.transpose(0, axis) for axis in range(pattern.ndim)])
+    last = pattern.shape[0] - 1
+    places = [_offsets(corners, axis, spatial).clamp(0, last) for axis in range(len(spatial))]
+    where = (along.reshape(-1, *[1] * len(spatial)), *places)
+    return turned[where][:, None]
+
+
+def _two_pyramids(length: int, axes: int) -> Tensor:
+    """Pattern η of the paper, of norm 1: two pyramids of opposite sign side by side along the first axis."""
     half = length // 2
     if half == 0:
         return torch.ones((length,) * axes)
     parts = [_pyramid((n, *(length,) * (axes - 1))) for n in (half, length - half)]
     pattern = torch.cat([parts[0] / parts[0].norm(), -parts[1] / parts[1].norm()])
-    return (pattern / float(pattern.norm())).transpose(0, _below(axes, generator))
+    return pattern / float(pattern.norm())
 
 
 def _pyramid(shape: Sequence[int]) -> Tensor:
