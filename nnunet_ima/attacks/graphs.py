@@ -27,7 +27,8 @@ class CudaGraphs:
 
     A graph holds on to the network's parameters where they lie in memory; what an optimiser does to them in place, a
     replay sees. If they are moved, everything is captured anew. What cannot be captured (it looks at a value) is
-    answered without a graph from then on, and so is everything where the memory is not enough; :attr:`refused` says why.
+    answered without a graph from then on, and so is everything where the memory is not enough; :attr:`refused` says
+    why.
 
     Args:
         most: the largest number of images in a pass.
