@@ -175,7 +175,7 @@ def test_one_model_alone_and_other_samples(tmp_path):
 def test_without_a_case_level_cases_are_made_of_their_samples(tmp_path):
     run = make_run(tmp_path / "run", whole_cases=False)
     text = Text(write_report([run], tmp_path / "out").read_text(encoding="utf-8")).text
-    assert "of the case's attacked samples together" in text
+    assert "of the case's attacked samples, as TVDI pools them" in text
 
 
 def test_figures_that_failed_a_check_are_not_hidden_but_marked(tmp_path):
