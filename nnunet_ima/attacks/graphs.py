@@ -1,7 +1,8 @@
 """CUDA graphs of what an attack asks of a network: one launch instead of some hundred.
 
 With few samples left in an attack a GPU waits for Python more than it computes: on an H100 a forward and backward pass
-of nnU-Net's 2D hippocampus network takes 8 ms for 32 patches and 15 ms for 366 (benchmarks/results/speed_h100.json).
+of nnU-Net's 2D hippocampus network takes 8 ms for 32 patches and 15 ms for 366
+(benchmarks/results/attack_passes_h100_first.json).
 """
 
 from __future__ import annotations
