@@ -146,11 +146,12 @@ def _rows(options: argparse.Namespace, name: str, norm: Norm) -> list[dict[str, 
         kept += ["forward_passes_per_sample", "backward_passes_per_sample"]
         for found in summary["results"]:
             rows.append({**common, **{key: found[key] for key in kept}})
-            for member, figures in found.get("by_attack", {}).items():
+            members = found["by_attack"] if found["attack"] == ENSEMBLE else {}
+            for member, figures in members.items():
                 # A member was not asked about samples at Dice 0: over all samples they count with that.
                 share = figures["attacked_samples"] / summary["clean"]["n_samples"]
                 lowest = (figures["adi"] or 0.0) * share
-                rows.append({**common, "attack": f"{found['attack']}/{member}", "tvdi": figures["tvdi"], "adi": lowest})
+                rows.append({**common, "attack": f"– {member}", "tvdi": figures["tvdi"], "adi": lowest})
     return rows
 
 
