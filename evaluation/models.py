@@ -207,11 +207,18 @@ def _build_network(
     try:
         with our_trainers_too():
             trainer_class = recursive_find_trainer_class_by_name(trainer)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        if reason.startswith("Could not find requested"):
+            raise UserError(
+                f"The model was trained by {trainer}, which is not found; add its folder to the environment variable "
+                f"nnUNet_extTrainer."
+            ) from None
+        # nnU-Net imports all of its own trainers first, and what these need must be there.
         raise UserError(
-            f"The model was trained by {trainer}, which is not found; add its folder to the environment variable "
-            f"nnUNet_extTrainer."
-        ) from None
+            f"The model was trained by {trainer}, which nnU-Net could not look up ({reason[:200]}); see that all of its "
+            f"trainers import, and that this one is a subclass of nnUNetTrainer."
+        ) from error
     _refuse_foreign_code(configuration)
     channels = determine_num_input_channels(plans, configuration, dataset_json)
     heads = plans.get_label_manager(dataset_json).num_segmentation_heads

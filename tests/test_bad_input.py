@@ -571,6 +571,18 @@ def test_demo_refuses_a_folder_that_is_no_task(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("nnunet_ima: ")
 
 
+def test_a_trainer_that_cannot_be_looked_up_says_why(model, data, refused, monkeypatch):
+    """torchvision for another torch: nnU-Net's own trainers then do not import, and none is found."""
+
+    def broken(_: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("nnunet_ima.evaluation.models.recursive_find_trainer_class_by_name", broken)
+    sentence = refused("-m", str(model), *SHORT)
+    assert "could not look up (operator torchvision::nms does not exist)" in sentence
+    assert "not found" not in sentence
+
+
 def test_an_unknown_trainer_setting_does_not_hinder_the_evaluation(project, model, tmp_path):
     """A model trained by a later version may hold settings that this one does not know."""
     plans = read(model / "plans.json")
