@@ -216,8 +216,8 @@ def _build_network(
             ) from None
         # nnU-Net imports all of its own trainers first, and what these need must be there.
         raise UserError(
-            f"The model was trained by {trainer}, which nnU-Net could not look up ({reason[:200]}); see that all of its "
-            f"trainers import, and that this one is a subclass of nnUNetTrainer."
+            f"The model was trained by {trainer}, which nnU-Net could not look up ({reason[:200]}); see that all of "
+            f"its trainers import, and that this one is a subclass of nnUNetTrainer."
         ) from error
     _refuse_foreign_code(configuration)
     channels = determine_num_input_channels(plans, configuration, dataset_json)
