@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -50,13 +49,17 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 @pytest.fixture(scope="session")
 def std_2d(project: Project) -> Path:
     """Model folder of a 2D network that found the structure, trained by nnUNetTrainerSTD."""
-    return _train_std(project, "2d_tiny", iterations=120, learning_rate=0.2)
+    from nnunet_project import train_std
+
+    return train_std(project, "2d_tiny", iterations=120, learning_rate=0.2)
 
 
 @pytest.fixture(scope="session")
 def std_3d(project: Project) -> Path:
     """The same in 3D."""
-    return _train_std(project, "3d_tiny", iterations=60, learning_rate=0.3)
+    from nnunet_project import train_std
+
+    return train_std(project, "3d_tiny", iterations=60, learning_rate=0.3)
 
 
 @pytest.fixture(scope="session")
@@ -74,29 +77,9 @@ def ima_3d(project: Project, std_3d: Path) -> nnUNetTrainerIMA:
 @pytest.fixture(scope="session")
 def stock_2d(project: Project, std_2d: Path) -> Path:
     """Model folder that stock nnUNetTrainer wrote, with the weights of ``std_2d``."""
-    from nnunet_project import make_trainer, quiet, weights_of
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunet_project import save_stock
 
-    with quiet(), project.in_force():
-        trainer = make_trainer(project, nnUNetTrainer)
-        trainer.on_train_start()
-        trainer.network.load_state_dict(weights_of(std_2d / "fold_0" / "checkpoint_final.pth"))
-        trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
-    return project.model("nnUNetTrainer", "2d_tiny")
-
-
-def _train_std(project: Project, configuration: str, iterations: int, learning_rate: float) -> Path:
-    from nnunet_project import make_trainer, quiet
-
-    from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
-
-    length = {"num_epochs": 1, "num_iterations_per_epoch": iterations, "initial_lr": learning_rate}
-    with quiet(), project.in_force():
-        trainer = make_trainer(project, nnUNetTrainerSTD, configuration, **length)
-        torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002 (nnU-Net's loaders draw from it)
-        trainer.run_training()
-    return project.model("nnUNetTrainerSTD", configuration)
+    return save_stock(project, "2d_tiny", std_2d / "fold_0" / "checkpoint_final.pth")
 
 
 def _train_ima(project: Project, configuration: str, start: Path) -> nnUNetTrainerIMA:
