@@ -19,6 +19,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["examples"]
 # A block of code says what language it is in.
 highlight_language = "none"
+# Quotes in commands and options are to be copied as they are typed.
+smartquotes = False
 
 # So that a link to a heading is one on GitHub, too.
 myst_heading_anchors = 3

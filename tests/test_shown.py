@@ -216,6 +216,7 @@ def test_commands_named_in_sentences_exist_with_these_options():
 
 # ---- Python
 
+
 def given(page: Path) -> dict[str, Any]:
     """What a page's Python may use without making it: a network, a batch for it, and the range of its images."""
     if page.name != "attacks.md":
