@@ -80,8 +80,8 @@ GIVEN = {
     },
     "runs.md": {"run_stock": "harden/run_stock", "run_hardened": "harden/run_hard"},
 }
-# Expensive, and with nothing left in the page's own folder: not run again on another page.
-ONCE = re.compile(r"nnUNetv2_train |nnunet_ima (evaluate|select) (?!.*-o )")
+# With nothing left in the page's own folder, and expensive or refused a second time: not run again on another page.
+ONCE = re.compile(r"nnUNetv2_train |nnunet_ima (evaluate|select|export) (?!.*-o )")
 
 
 def as_run(text: str) -> str | None:
