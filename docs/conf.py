@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from docutils.nodes import document
+from docutils.nodes import Text, document
 from sphinx.addnodes import download_reference, pending_xref
 from sphinx.application import Sphinx
 
@@ -33,19 +33,22 @@ html_css_files = ["site.css"]
 html_show_sourcelink = html_copy_source = False
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True}
+# Shapes and units say more, and stand in the docstrings; types of unions fill half a page.
+autodoc_typehints = "none"
 # Else each attribute of a data class would stand there twice.
 napoleon_use_ivar = True
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("autodoc-process-docstring", _escape_stars)
+    # Before Napoleon reads the sections, at 500.
+    app.connect("autodoc-process-docstring", _prepare, priority=400)
     # Before Sphinx collects what is to be copied to the site, at 500.
     app.connect("doctree-read", _link_files, priority=400)
+    app.connect("doctree-read", _set_dashes)
 
 
-def _escape_stars(
+def _prepare(
     app: Sphinx,  # noqa: ARG001 (Sphinx calls it so)
     what: str,  # noqa: ARG001
     name: str,  # noqa: ARG001
@@ -53,8 +56,9 @@ def _escape_stars(
     options: Any,  # noqa: ARG001
     lines: list[str],
 ) -> None:
-    """``(B, C, *spatial)`` is a shape, not the beginning of italics."""
+    """``(B, C, *spatial)`` is a shape, not the beginning of italics; ``low, high: ...`` are two names, none a type."""
     lines[:] = [re.sub(r"(?<!`)\*(?=spatial|patch)", r"\\*", line) for line in lines]
+    lines[:] = [re.sub(r"^( +\w+), (\w+: )", r"\1/\2", line) for line in lines]
 
 
 def _link_files(app: Sphinx, tree: document) -> None:
@@ -66,3 +70,10 @@ def _link_files(app: Sphinx, tree: document) -> None:
             download = download_reference(reftarget=f"/{target}.md", refdoc=link["refdoc"])
             download += link.children
             link.replace_self(download)
+
+
+def _set_dashes(app: Sphinx, tree: document) -> None:  # noqa: ARG001
+    """Sphinx writes two hyphens between an attribute and what it means."""
+    for text in list(tree.findall(Text)):
+        if text == " -- ":
+            text.parent.replace(text, Text(" – "))

@@ -178,8 +178,9 @@ def test_the_python_page_has_every_public_name(site):
             if name in ("LossFunction", "likely_others"):  # a type, and a part of an attack
                 continue
             assert any(there.endswith(f".{name}") for there in page.ids), f"docs/python.md: {module.__name__}.{name}"
-    # Shapes are no italics.
+    # Shapes are no italics, and two attributes in a line no attribute and its type.
     assert "(B, C, *spatial)" in page.text
+    assert "forward_passes/backward_passes" in page.text
 
 
 def test_every_attack_loss_and_method_has_its_algorithm(site):
