@@ -49,18 +49,30 @@ SUBSTITUTES: tuple[tuple[str, str | None, str], ...] = (
     (r"(nnUNetv2_train (?!.*-device).*)", r"\1 -device cpu", "nnU-Net's default is a GPU"),
     (r"(nnUNetv2_predict .*)", r"\1 -device cpu -npp 1 -nps 1", "the same; and one worker is enough"),
     (r"(nnUNetv2_plan_and_preprocess .*|nnUNetv2_convert_MSD_dataset .*) -np 2", r"\1 -np 1", "one worker is enough"),
-    (r"(nnunet_ima evaluate (?!.*--attacks|--merge).*)", r"\1 --levels 5 --attacks apgd:steps=2", "time"),
+    (
+        r"(nnunet_ima evaluate (?!.*--attacks|--merge).*)",
+        r"\1 --levels 5 --attacks apgd:steps=2",
+        "the default attacks take a minute",
+    ),
     (
         r"(.*) --levels 1/255 2/255 4/255 --attacks white-noise apgd autoattack",
         r"\1 --levels 2/255 --attacks white-noise:draws=2 apgd:steps=2 autoattack:version=fast,mode=threshold",
         "the standard version asks thousands of times",
     ),
-    (r"(nnunet_ima attack .*)", r"\1 --attack apgd:steps=2", "time"),
-    (r"(nnunet_ima (?:select|grid) .*)", r"\1 --max-samples 4", "time"),
-    (r"(.*) --epsilon 10 15( 20)? --delta-epsilon (1 )?2( 5)?(.*)", r"\1 --epsilon 6 --delta-epsilon 1\5", "trainings"),
+    (r"(nnunet_ima attack .*)", r"\1 --attack apgd:steps=2", "a hundred steps take longer"),
+    (r"(nnunet_ima (?:select|grid) .*)", r"\1 --max-samples 4", "each attacks several checkpoints"),
+    (
+        r"(.*) --epsilon 10 15( 20)? --delta-epsilon (1 )?2( 5)?(.*)",
+        r"\1 --epsilon 6 --delta-epsilon 1\5",
+        "one training, not nine",
+    ),
     (r"(.*) hippocampus_017(.*)", r"\1 phantom_003\2", "the project's cases are phantoms"),
     (r"(.*) --cases 40(.*)", rf"\1 --cases {CASES}\2", "there are no more"),
-    (r"(.*) num_epochs=12 num_iterations_per_epoch=50(.*)", r"\1 num_epochs=1 num_iterations_per_epoch=2\2", "time"),
+    (
+        r"(.*) num_epochs=12 num_iterations_per_epoch=50(.*)",
+        r"\1 num_epochs=1 num_iterations_per_epoch=2\2",
+        "a short training will do",
+    ),
     (r"export nnUNet_n_proc_DA=10", "export nnUNet_n_proc_DA=1", "one worker is enough"),
 )
 # Of a job array, which jobs are run.
