@@ -42,7 +42,7 @@ SUBSTITUTES: tuple[tuple[str, str | None, str], ...] = (
     (r"make .*", None, "`make test` is this; `make demo` calls the command below"),
     (r"nnunet_ima demo .*", None, "takes ten minutes; test_hippocampus.py runs the same pipeline on real scans"),
     (r"python benchmarks/.*", None, "takes minutes to hours; benchmarks/results has what came of it"),
-    (r"docker .*", None, "there is no Docker; what runs inside is run without"),
+    (r"docker .*", None, "there is no Docker; what runs inside is parsed, and the like is run elsewhere"),
     (r"sbatch .*", None, "there is no cluster; the scripts are run"),
     (r".* -num_gpus 2", None, "needs two GPUs; test_ddp.py runs the step in two processes"),
     (r"CUDA_VISIBLE_DEVICES=.*", None, "needs two GPUs; the same command is run without the variable"),
