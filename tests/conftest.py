@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -50,13 +50,17 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 @pytest.fixture(scope="session")
 def std_2d(project: Project) -> Path:
     """Model folder of a 2D network that found the structure, trained by nnUNetTrainerSTD."""
-    return _train_std(project, "2d_tiny", iterations=120, learning_rate=0.2)
+    from nnunet_project import train_std
+
+    return train_std(project, "2d_tiny", iterations=120, learning_rate=0.2)
 
 
 @pytest.fixture(scope="session")
 def std_3d(project: Project) -> Path:
     """The same in 3D."""
-    return _train_std(project, "3d_tiny", iterations=60, learning_rate=0.3)
+    from nnunet_project import train_std
+
+    return train_std(project, "3d_tiny", iterations=60, learning_rate=0.3)
 
 
 @pytest.fixture(scope="session")
@@ -74,29 +78,9 @@ def ima_3d(project: Project, std_3d: Path) -> nnUNetTrainerIMA:
 @pytest.fixture(scope="session")
 def stock_2d(project: Project, std_2d: Path) -> Path:
     """Model folder that stock nnUNetTrainer wrote, with the weights of ``std_2d``."""
-    from nnunet_project import make_trainer, quiet, weights_of
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunet_project import save_stock
 
-    with quiet(), project.in_force():
-        trainer = make_trainer(project, nnUNetTrainer)
-        trainer.on_train_start()
-        trainer.network.load_state_dict(weights_of(std_2d / "fold_0" / "checkpoint_final.pth"))
-        trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
-    return project.model("nnUNetTrainer", "2d_tiny")
-
-
-def _train_std(project: Project, configuration: str, iterations: int, learning_rate: float) -> Path:
-    from nnunet_project import make_trainer, quiet
-
-    from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
-
-    length = {"num_epochs": 1, "num_iterations_per_epoch": iterations, "initial_lr": learning_rate}
-    with quiet(), project.in_force():
-        trainer = make_trainer(project, nnUNetTrainerSTD, configuration, **length)
-        torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002 (nnU-Net's loaders draw from it)
-        trainer.run_training()
-    return project.model("nnUNetTrainerSTD", configuration)
+    return save_stock(project, "2d_tiny", std_2d / "fold_0" / "checkpoint_final.pth")
 
 
 def _train_ima(project: Project, configuration: str, start: Path) -> nnUNetTrainerIMA:
@@ -142,3 +126,17 @@ def nnunet_finds_our_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     from nnunet_ima.evaluation.environment import trainers_folder
 
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real one, without a window."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("there is no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()

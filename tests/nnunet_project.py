@@ -23,6 +23,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_ima.evaluation.decathlon import stage_task, task_number
 from nnunet_ima.evaluation.environment import trainers_folder
 from nnunet_ima.evaluation.phantom import make_phantom_task
+from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 PLANS = "nnUNetPlansTiny"
@@ -50,10 +51,12 @@ class Project:
     Attributes:
         root: holds the folders.
         dataset: its name, such as ``Dataset901_Phantom``.
+        plans_name: of the plans that trainings use.
     """
 
     root: Path
     dataset: str
+    plans_name: str = PLANS
 
     @property
     def preprocessed(self) -> Path:
@@ -79,11 +82,11 @@ class Project:
                 environment.setenv(name, value)
             yield
 
-    def plans(self, name: str = PLANS) -> dict[str, Any]:
-        return read(self.preprocessed / f"{name}.json")
+    def plans(self, name: str | None = None) -> dict[str, Any]:
+        return read(self.preprocessed / f"{name or self.plans_name}.json")
 
     def model(self, trainer: str, configuration: str) -> Path:
-        return self.results / f"{trainer}__{PLANS}__{configuration}"
+        return self.results / f"{trainer}__{self.plans_name}__{configuration}"
 
     def names(self) -> list[str]:
         """All cases."""
@@ -201,6 +204,27 @@ def make_trainer(
     dataset_json = read(project.preprocessed / "dataset.json")
     with quiet():
         return trainer_class(plans, configuration, fold, dataset_json, torch.device(device))
+
+
+def train_std(project: Project, configuration: str, iterations: int, learning_rate: float) -> Path:
+    """A short training with nnUNetTrainerSTD that finds the structure; returns its model folder."""
+    length = {"num_epochs": 1, "num_iterations_per_epoch": iterations, "initial_lr": learning_rate}
+    with quiet(), project.in_force():
+        trainer = make_trainer(project, nnUNetTrainerSTD, configuration, **length)
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002 (nnU-Net's loaders draw from it)
+        trainer.run_training()
+    return project.model("nnUNetTrainerSTD", configuration)
+
+
+def save_stock(project: Project, configuration: str, weights: Path) -> Path:
+    """Let stock nnUNetTrainer write the weights of a checkpoint as its own; returns its model folder."""
+    with quiet(), project.in_force():
+        trainer = make_trainer(project, nnUNetTrainer, configuration)
+        trainer.on_train_start()
+        trainer.network.load_state_dict(weights_of(weights))
+        trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    return project.model("nnUNetTrainer", configuration)
 
 
 @contextlib.contextmanager

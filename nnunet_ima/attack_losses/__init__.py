@@ -28,6 +28,7 @@ LOSSES: dict[str, Callable[[Labels], LossFunction]] = {
     "cospgd": CosPGD,
     "dice-odds": DiceLogOdds,
 }
+"""What makes each loss, by its name as ``loss=``: called with the labels it gives the function."""
 
 __all__ = [
     "DLR",

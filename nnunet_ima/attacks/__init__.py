@@ -18,6 +18,7 @@ ATTACKS: dict[str, type[Attack]] = {
     attack.name: attack
     for attack in (WhiteNoise, FGSM, IFGSM, PGD, BPGD, APGD, TargetedAPGD, FAB, SPSA, Square, AutoAttack)
 }
+"""Every attack by its name, which is that of the command line."""
 
 __all__ = [
     "APGD",
