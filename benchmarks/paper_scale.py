@@ -22,10 +22,8 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +31,9 @@ import torch
 from study_results import collect, table
 from study_state import pack, unpack
 
-from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import versions
-from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, PlannedNetwork, SmallNetwork
-from nnunet_ima.evaluation.report import write_report
-from nnunet_ima.evaluation.steps import Steps
+from nnunet_ima.evaluation.pipeline import Attacks, Method, PlannedNetwork, SmallNetwork
+from nnunet_ima.evaluation.study import Study, run_jobs
 from nnunet_ima.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -94,30 +90,29 @@ def main() -> None:
     """Do whatever is not done yet, then write the results."""
     options = _options()
     scale = SCALES[options.scale]
-    study = Study(options, scale)
-    if options.state is not None:
-        unpack(options.state, options.output)
-    stop = threading.Timer(60 * options.minutes, _stop, [study]) if options.minutes else None
+    study = make_study(options, scale)
+    stop = threading.Timer(60 * options.minutes, study.stop) if options.minutes else None
     if stop is not None:
         stop.daemon = True
         stop.start()
     failed: list[str] = []
+    # A state that was not taken up yet must not be overwritten.
+    taken_up = False
     try:
         dataset = study.prepare(options.data)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            futures: dict[Future[None], str] = {}
-            for title, run in study.jobs(dataset):
-                futures[pool.submit(run)] = title
-            for future, title in futures.items():
-                error = future.exception()
-                if error is not None and not study.stopped:
-                    failed.append(f"{title}: {error}")
-    finally:
         if options.state is not None:
+            # Not before: nnU-Net refuses to convert a task of which there are results.
+            unpack(options.state, options.output)
+        taken_up = True
+        for title, error in run_jobs(study.jobs(dataset), options.jobs, study.stop):
+            if not study.stopped:
+                failed.append(f"{title}: {error}")
+    finally:
+        if options.state is not None and taken_up:
             pack(options.output, options.state)
     if stop is not None:
         stop.cancel()
-    text = study.write()
+    text = write(study, options, scale)
     sys.stdout.write(text)
     if study.stopped:
         sys.stdout.write(f"\nStopped after {options.minutes:g} minutes; start it again to go on.\n")
@@ -150,118 +145,71 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Study:
-    """All trainings and evaluations, each in logs of its own so that several can run at once."""
-
-    def __init__(self, options: argparse.Namespace, scale: Scale) -> None:
-        self.options, self.scale = options, scale
-        self.samples = options.samples or scale.samples
-        self.stopped = False
-        self._running: list[Steps] = []
-
-    def prepare(self, task: Path) -> Path:
-        """Convert, plan, preprocess; write the plans of all methods."""
-        pipeline = self._pipeline("logs")
-        dataset = pipeline.prepare(task)
-        pipeline.write_plans(dataset, [method for method, _ in self.methods()])
-        return dataset
-
-    def methods(self) -> Iterator[tuple[Method, int]]:
-        """Each method as often as it is trained, and the number of the repetition."""
-        for repetition in range(self.options.repetitions or self.scale.repetitions):
-            for name in self.options.methods:
-                settings = {**self.scale.settings, **self.scale.own.get(name, {})}
-                if name == "TRADES":
-                    settings.pop("steps", None)
-                yield (
-                    Method(name, f"nnUNetTrainer{name}", settings, variant=f"_r{repetition}" if repetition else ""),
-                    repetition,
-                )
-
-    def evaluations(self) -> list[Attacks]:
-        """What each model goes through."""
-
-        def slices(number: int | None) -> list[str]:
-            return ["--no-cases", *(("--max-samples", str(number)) if number else ())]
-
-        further, others = slices(self.samples), slices(self.options.other_samples or self.samples)
-        attacks = ("white-noise", self.options.attack)
-        found = [Attacks("sound_l2", self.options.levels, attacks, further=further)]
-        if self.options.linf:
-            found.append(Attacks("sound_linf", self.options.linf, attacks, norm="linf", further=others))
-        if self.options.paper_levels:
-            found.append(Attacks("paper_l2", self.options.paper_levels, attacks, protocol="paper", further=others))
-        return found
-
-    def jobs(self, dataset: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Names and functions: one a model, which trains and then attacks it."""
-        for method, repetition in self.methods():
-            run: Callable[[], None] = partial(self._train_and_attack, dataset, method)
-            yield f"{method.title}, repetition {repetition}", run
-
-    def _train_and_attack(self, dataset: Path, method: Method) -> None:
-        pipeline = self._pipeline(f"logs_{method.trainer}{method.variant}")
-        self._unless_stopped()
-        pipeline.train(dataset, method)
-        for attacks in self.evaluations():
-            self._unless_stopped()
-            pipeline.evaluate(dataset, method, attacks)
-
-    def _unless_stopped(self) -> None:
-        if self.stopped:
-            raise UserError("the time is up")
-
-    def _pipeline(self, logs: str) -> Pipeline:
-        options = self.options
-        plans = f"nnUNetPlans_{options.scale}"
-        pipeline = Pipeline(
-            options.output, plans, self.scale.network, options.device, options.workers, logs, options.compile
-        )
-        self._running.append(pipeline.steps)
-        return pipeline
-
-    def stop(self) -> None:
-        """End what runs; each of these commands goes on from its last checkpoint or record."""
-        self.stopped = True
-        for steps in self._running:
-            steps.stop()
-
-    def write(self) -> str:
-        """JSON, table and report of what there is."""
-        options, pipeline = self.options, self._pipeline("logs")
-        found = sorted(pipeline.folders["nnUNet_preprocessed"].glob("Dataset*"))
-        if not found:
-            return "Nothing was prepared yet.\n"
-        result = {
-            "command": _command(options),
-            "scale": options.scale,
-            "hardware": _hardware(options.device),
-            "versions": versions(),
-            "rows": collect(pipeline, found[0], list(self.methods()), self.evaluations()),
-        }
-        text = table(result["rows"])
-        name = f"paper_scale_{options.scale}"
-        options.results.mkdir(parents=True, exist_ok=True)
-        write_text(options.results / f"{name}.json", json.dumps(result, indent=1) + "\n")
-        write_text(options.results / f"{name}.md", text)
-        for attacks in self.evaluations():
-            self._report(pipeline, attacks)
-        return text
-
-    def _report(self, pipeline: Pipeline, attacks: Attacks) -> None:
-        """One page for the first repetition of all methods."""
-        runs = {
-            method.title: pipeline.output / f"{attacks.name}_{pipeline.key(method)}"
-            for method, repetition in self.methods()
-            if not repetition
-        }
-        done = {title: run for title, run in runs.items() if (run / "summary.json").is_file()}
-        if done:
-            write_report(list(done.values()), pipeline.output / f"{attacks.name}_report", list(done))
+def make_study(options: argparse.Namespace, scale: Scale) -> Study:
+    """What the options ask for."""
+    return Study(
+        options.output,
+        f"nnUNetPlans_{options.scale}",
+        scale.network,
+        [method for method, _ in methods(options, scale)],
+        evaluations(options, scale),
+        options.device,
+        options.workers,
+        options.compile,
+    )
 
 
-def _stop(study: Study) -> None:
-    study.stop()
+def methods(options: argparse.Namespace, scale: Scale) -> Iterator[tuple[Method, int]]:
+    """Each method as often as it is trained, and the number of the repetition."""
+    for repetition in range(options.repetitions or scale.repetitions):
+        for name in options.methods:
+            settings = {**scale.settings, **scale.own.get(name, {})}
+            if name == "TRADES":
+                settings.pop("steps", None)
+            variant = f"_r{repetition}" if repetition else ""
+            yield Method(name, f"nnUNetTrainer{name}", settings, variant=variant), repetition
+
+
+def evaluations(options: argparse.Namespace, scale: Scale) -> list[Attacks]:
+    """What each model goes through."""
+
+    def slices(number: int | None) -> list[str]:
+        return ["--no-cases", *(("--max-samples", str(number)) if number else ())]
+
+    samples = options.samples or scale.samples
+    further, others = slices(samples), slices(options.other_samples or samples)
+    attacks = ("white-noise", options.attack)
+    found = [Attacks("sound_l2", options.levels, attacks, further=further)]
+    if options.linf:
+        found.append(Attacks("sound_linf", options.linf, attacks, norm="linf", further=others))
+    if options.paper_levels:
+        found.append(Attacks("paper_l2", options.paper_levels, attacks, protocol="paper", further=others))
+    return found
+
+
+def write(study: Study, options: argparse.Namespace, scale: Scale) -> str:
+    """JSON, table and report of what there is."""
+    pipeline = study.pipeline()
+    found = sorted(pipeline.folders["nnUNet_preprocessed"].glob("Dataset*"))
+    if not found:
+        return "Nothing was prepared yet.\n"
+    result = {
+        "command": _command(options),
+        "scale": options.scale,
+        "hardware": _hardware(options.device),
+        "versions": versions(),
+        "rows": collect(pipeline, found[0], list(methods(options, scale)), study.evaluations),
+    }
+    text = table(result["rows"])
+    name = f"paper_scale_{options.scale}"
+    options.results.mkdir(parents=True, exist_ok=True)
+    write_text(options.results / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write_text(options.results / f"{name}.md", text)
+    # One page for the first repetition of all methods.
+    first = [method for method, repetition in methods(options, scale) if not repetition]
+    for attacks in study.evaluations:
+        study.report([attacks], study.output / f"{attacks.name}_report", first)
+    return text
 
 
 def _command(options: argparse.Namespace) -> str:

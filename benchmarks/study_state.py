@@ -46,7 +46,10 @@ def pack(work: Path, state: Path) -> None:
 
 
 def unpack(state: Path, work: Path) -> None:
-    """Put what :func:`pack` wrote back where it was, unless something newer is there."""
+    """Put what :func:`pack` wrote back where it was, unless something newer is there.
+
+    The task must have been converted before: nnU-Net refuses to convert one of which it finds results.
+    """
     work.mkdir(parents=True, exist_ok=True)
     for file in sorted(state.glob("*.pth")):
         stored = torch.load(file, map_location="cpu", weights_only=False)
@@ -61,10 +64,9 @@ def unpack(state: Path, work: Path) -> None:
     if (state / RECORDS).is_file():
         with tarfile.open(state / RECORDS) as tar:
             for member in tar.getmembers():
-                if not (work / member.name).exists():
+                # A process of another machine is none here.
+                if not (work / member.name).exists() and Path(member.name).name != "running.pid":
                     tar.extract(member, work, filter="data")
-    for running in work.glob("logs*/running.pid"):
-        running.unlink()  # of another machine
 
 
 def _folds(results: Path) -> Iterator[Path]:

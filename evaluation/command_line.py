@@ -58,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_configure(commands.add_parser("configure", help="show a training's settings, or write a new configuration"))
     _add_export(commands.add_parser("export", help="turn a hardened model into one of stock nnU-Net"))
 
+    _add_decathlon(
+        commands.add_parser(
+            "decathlon", help="the paper's study: train and attack all methods on tasks of the Decathlon"
+        )
+    )
+
     demo = commands.add_parser("demo", help="train a stock and a hardened model, attack both, write a page about it")
     demo.add_argument("-o", "--output", type=Path, default=Path("demo"), help="where to work; default: ./demo")
     demo.add_argument("--data", type=Path, help="a task folder of the Decathlon; default: a phantom made here")
@@ -106,6 +112,45 @@ def _add_configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive, help="of the new configuration; default: as planned")
     parser.add_argument("--name", help="of the new configuration; default: CONFIGURATION_ima")
     parser.set_defaults(run=_configure)
+
+
+def _add_decathlon(parser: argparse.ArgumentParser) -> None:
+    from_steps = ("convert", "plan", "train", "evaluate", "report")
+    methods = ("STD", "SAT", "TE", "TRADES", "IMA")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = """\
+On a queue, such as SLURM (a stage needs the one before; docs/decathlon.md):
+  nnunet_ima decathlon --raw RAW -o OUT -device cuda --only train --print-jobs | grep -v '^#' > train.txt
+  sbatch --gpus=1 --array=1-$(wc -l < train.txt) --wrap 'eval "$(sed -n "${SLURM_ARRAY_TASK_ID}p" train.txt)"'"""
+    parser.add_argument("--raw", type=Path, required=True, help="holds the task folders, such as Task04_Hippocampus")
+    parser.add_argument("-o", "--output", type=Path, default=Path("decathlon"), help="default ./decathlon")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 5], metavar="N", help="default 2 4 5")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods), help="default: all five")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--skip", nargs="+", choices=from_steps, default=[], help="steps to leave out")
+    steps.add_argument("--only", nargs="+", choices=from_steps, help="steps to do")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--dry-run", action="store_true", help="print the steps, what they cost, and differences")
+    shown.add_argument("--print-jobs", action="store_true", help="print commands for a queue instead of running")
+    parser.add_argument("--jobs", type=_positive, default=1, help="models at work at once; default 1")
+    parser.add_argument("--workers", type=_positive, default=1, help="processes that augment, for each training")
+    parser.add_argument("--compile", action="store_true", help="let nnU-Net compile the network")
+    parser.add_argument("--epochs", type=_positive, default=50, help="default 50, as in the paper")
+    parser.add_argument("--iterations", type=_positive, default=50, help="an epoch; default 50, as in the paper")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of all trainings")
+    parser.add_argument("--features", type=_positive, help="of the first stage of a smaller network, for a CPU")
+    parser.add_argument("--batch-size", type=_positive, help="of all trainings; default: as planned")
+    parser.add_argument(
+        "--attack", default="autoattack:version=standard",
+        help="beside white noise and PGD-100, as for nnunet_ima evaluate; default autoattack:version=standard",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=_positive, help="attack no more slices than this; default: all")
+    parser.add_argument(
+        "--evaluations", nargs="+", choices=("sound_l2", "paper_l2", "paper_linf", "paper_linf_noise"),
+        default=["sound_l2", "paper_l2", "paper_linf", "paper_linf_noise"], help="default: all four",
+    )  # fmt: skip
+    parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    parser.set_defaults(run=_decathlon)
 
 
 def _add_select(parser: argparse.ArgumentParser) -> None:
@@ -432,6 +477,41 @@ def _export(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     target = export_model(model, options.output or model.parent, options.checkpoint, device, options.plans_name)
     print(f"{target} predicts what {model.name} does, bit for bit, and needs nothing but nnU-Net.")
+    return 0
+
+
+def _decathlon(options: argparse.Namespace) -> int:
+    from nnunet_ima.evaluation.configure import parse_settings
+    from nnunet_ima.evaluation.decathlon_study import STEPS, DecathlonStudy, Request
+    from nnunet_ima.evaluation.decathlon_study.dry_run import describe
+    from nnunet_ima.evaluation.environment import choose_device
+
+    study = DecathlonStudy(
+        Request(
+            raw=options.raw,
+            output=options.output,
+            tasks=options.tasks,
+            methods=tuple(dict.fromkeys(options.methods)),
+            steps=options.only or [step for step in STEPS if step not in options.skip],
+            device=options.device,
+            jobs=options.jobs,
+            workers=options.workers,
+            compiled=options.compile,
+            epochs=options.epochs,
+            iterations=options.iterations,
+            settings=parse_settings(options.set),
+            features=options.features,
+            batch_size=options.batch_size,
+            attack=options.attack,
+            samples=options.samples,
+            evaluations=tuple(dict.fromkeys(options.evaluations)),
+        )
+    )
+    if options.dry_run or options.print_jobs:
+        print(describe(study) if options.dry_run else study.jobs(), end="")
+        return 0
+    choose_device(options.device)
+    print(study.run())
     return 0
 
 

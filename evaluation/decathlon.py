@@ -29,14 +29,29 @@ def stage_task(source: Path, staging: Path) -> Path:
     missing = [part for part in _PARTS if not (source / part).exists()]
     if missing:
         raise UserError(f"{source} is no task folder of the Decathlon: it has no {missing[0]}.")
-    number, name = _number_and_name(source.resolve().name)
-    view = staging / f"Task{number:02d}_{name}"
+    view = staging / view_name(source)
     (view / "imagesTs").mkdir(parents=True, exist_ok=True)
     for part in _PARTS:
         link = view / part
         if not link.is_symlink():
             link.symlink_to((source / part).resolve())
     return view
+
+
+def view_name(source: Path) -> str:
+    """Name of the view of a task folder.
+
+    Raises:
+        UserError: the folder is not named like a task.
+    """
+    number, name = _number_and_name(source.resolve().name)
+    return f"Task{number:02d}_{name}"
+
+
+def dataset_name(view: Path) -> str:
+    """nnU-Net's name of a staged task."""
+    number, name = _number_and_name(view.name)
+    return f"Dataset{number:03d}_{name}"
 
 
 def task_number(view: Path) -> int:

@@ -55,14 +55,14 @@ class SmallNetwork:
         parent: the planned configuration.
         features: of the first stage; they double with each stage.
         most_features: of any stage.
-        batch_size: of the training.
+        batch_size: of the training; None for the planned one.
     """
 
     name: str
     parent: str = "2d"
     features: int = 16
     most_features: int = 128
-    batch_size: int = 32
+    batch_size: int | None = 32
 
     def configuration(self, plans: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
         """The entry for a plans file."""
@@ -73,7 +73,7 @@ class SmallNetwork:
         ]
         return {
             "inherits_from": self.parent,
-            "batch_size": self.batch_size,
+            **_batch(self.batch_size),
             "architecture": architecture,
             "nnunet_ima": dict(settings),
         }
@@ -85,9 +85,11 @@ class PlannedNetwork:
 
     Attributes:
         name: of the planned configuration.
+        batch_size: of the training; None for the planned one.
     """
 
     name: str = "2d"
+    batch_size: int | None = None
 
     @property
     def parent(self) -> str:
@@ -95,7 +97,7 @@ class PlannedNetwork:
         return self.name
 
     def configuration(self, plans: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The entry for a plans file: nothing but the settings is its own.
+        """The entry for a plans file: nothing but the settings, and the batch if one was given, is its own.
 
         Raises:
             UserError: nnU-Net planned no such configuration.
@@ -103,7 +105,11 @@ class PlannedNetwork:
         if self.name not in plans["configurations"]:
             planned = ", ".join(plans["configurations"])
             raise UserError(f"nnU-Net planned no configuration {self.name!r} for this dataset; it planned {planned}.")
-        return {"inherits_from": self.name, "nnunet_ima": dict(settings)}
+        return {"inherits_from": self.name, **_batch(self.batch_size), "nnunet_ima": dict(settings)}
+
+
+def _batch(size: int | None) -> dict[str, Any]:
+    return {} if size is None else {"batch_size": size}
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ class Pipeline:
         workers: processes that augment for a training.
         logs: where commands log, and what is done is noted; two commands at once need two of these.
         compiled: whether nnU-Net may compile the network.
+        make_folders: False for a look at what would be run, which leaves nothing behind.
     """
 
     def __init__(
@@ -140,11 +147,12 @@ class Pipeline:
         workers: int = 1,
         logs: str = "logs",
         compiled: bool = False,
+        make_folders: bool = True,
     ) -> None:
         self.output, self.plans_name, self.network, self.device = output.resolve(), plans_name, network, device
         self.workers, self.logs, self.compiled = workers, self.output / logs, compiled
         self.folders = {name: self.output / name for name in FOLDERS}
-        for folder in (*self.folders.values(), self.logs):
+        for folder in (*self.folders.values(), self.logs) if make_folders else ():
             folder.mkdir(parents=True, exist_ok=True)
 
     def prepare(self, task: Path) -> Path:
@@ -153,22 +161,39 @@ class Pipeline:
         Raises:
             UserError: it is no task folder, or the output folder holds another task.
         """
+        view = self.convert(task)
+        return self.plan(view)
+
+    def convert(self, task: Path) -> Path:
+        """Take a Decathlon task into nnU-Net; returns the view of it that was converted.
+
+        Raises:
+            UserError: it is no task folder, or the output folder holds another task.
+        """
         view = stage_task(task, self.output / "staged")
         others = [entry.name for entry in (self.output / "staged").iterdir() if entry.name != view.name]
         if others:
             raise UserError(f"{self.output} already holds work on {others[0]}; give another output folder.")
-        number = str(task_number(view))
         if not (self.logs / "convert.done").is_file():
             # What a killed conversion left: nnU-Net refuses to convert into a dataset that is there.
-            for half in self.folders["nnUNet_raw"].glob(f"Dataset{int(number):03d}_*"):
+            for half in self.folders["nnUNet_raw"].glob(f"{_dataset_prefix(view)}*"):
                 shutil.rmtree(half)
-        # Each process that nnU-Net spawns imports torch first, which takes longer than to preprocess a few cases.
-        processes = "2" if len(list((view / "labelsTr").iterdir())) > FEW_CASES else "1"
-        self.steps.once("convert", ["nnUNetv2_convert_MSD_dataset", "-i", str(view), "-np", processes])
-        plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.network.parent]
-        plan += ["-np", processes, "-npfp", processes]
-        self.steps.once("plan", [*plan, "--verify_dataset_integrity"])
-        return next(self.folders["nnUNet_preprocessed"].glob(f"Dataset{int(number):03d}_*"))
+        self.steps.once("convert", self.convert_command(view, _count_cases(view)))
+        return view
+
+    def plan(self, view: Path) -> Path:
+        """Plan and preprocess a converted task; returns its folder of preprocessed data."""
+        self.steps.once("plan", self.plan_command(view, _count_cases(view)))
+        return next(self.folders["nnUNet_preprocessed"].glob(f"{_dataset_prefix(view)}*"))
+
+    def convert_command(self, view: Path, cases: int) -> list[str]:
+        """nnU-Net's conversion of a staged task."""
+        return ["nnUNetv2_convert_MSD_dataset", "-i", str(view), "-np", _processes(cases)]
+
+    def plan_command(self, view: Path, cases: int) -> list[str]:
+        """nnU-Net's planning and preprocessing of a converted task."""
+        plan = ["nnUNetv2_plan_and_preprocess", "-d", str(task_number(view)), "-c", self.network.parent]
+        return [*plan, "-np", _processes(cases), "-npfp", _processes(cases), "--verify_dataset_integrity"]
 
     def write_plans(self, dataset: Path, methods: Sequence[Method]) -> None:
         """Write the plans file with one small configuration a method."""
@@ -183,27 +208,42 @@ class Pipeline:
 
     def train(self, dataset: Path, method: Method) -> None:
         """Train a method, or continue where a stopped training left off."""
+        step = f"train_{self.key(method)}"
+        self._refuse_other_settings(step, method)
+        self.steps.once(step, self.train_command(dataset, method), "Epoch ", method.settings["num_epochs"])
+
+    def train_command(self, dataset: Path, method: Method) -> list[str]:
+        """nnU-Net's training of a method, from where it stopped."""
         fold = str(self.fold(dataset, method))
         command = ["nnUNetv2_train", dataset.name, self.configuration(method), fold, "-tr", method.trainer]
         command += ["-p", self.plans_name, "-device", self.device]
-        command += resume_options(self.fold_folder(dataset, method))
-        step = f"train_{self.key(method)}"
-        self._refuse_other_settings(step, method)
-        self.steps.once(step, command, "Epoch ", method.settings["num_epochs"])
+        return command + resume_options(self.fold_folder(dataset, method))
+
+    def is_trained(self, method: Method) -> bool:
+        """Whether the training of a method ended well before."""
+        return (self.logs / f"train_{self.key(method)}.done").is_file()
 
     def evaluate(self, dataset: Path, method: Method, attacks: Attacks) -> Path:
         """Attack a trained method; returns the folder of the results."""
-        folder = self.output / f"{attacks.name}_{self.key(method)}"
-        command = ["nnunet_ima", "evaluate", "-m", str(self.model(dataset, method)), "-device", self.device]
-        command += ["-f", str(self.fold(dataset, method))]
-        command += ["--levels", *attacks.levels, "--attacks", *attacks.attacks, "-o", str(folder)]
-        command += ["--norm", attacks.norm, "--protocol", attacks.protocol, *attacks.further]
-        step = f"{attacks.name}_{self.key(method)}"
+        folder, command = self.results(method, attacks), self.evaluate_command(dataset, method, attacks)
+        step = folder.name
         if not self.steps.is_done(step, command) and not _was_begun(folder, command):
             # A result of other attacks that was made here.
             shutil.rmtree(folder, ignore_errors=True)
         self.steps.once(step, command)
         return folder
+
+    def evaluate_command(self, dataset: Path, method: Method, attacks: Attacks) -> list[str]:
+        """The attack on a trained method."""
+        command = ["nnunet_ima", "evaluate", "-m", str(self.model(dataset, method)), "-device", self.device]
+        command += ["-f", str(self.fold(dataset, method))]
+        command += ["--levels", *attacks.levels, "--attacks", *attacks.attacks]
+        command += ["-o", str(self.results(method, attacks))]
+        return [*command, "--norm", attacks.norm, "--protocol", attacks.protocol, *attacks.further]
+
+    def results(self, method: Method, attacks: Attacks) -> Path:
+        """Where the results of an evaluation are."""
+        return self.output / f"{attacks.name}_{self.key(method)}"
 
     def model(self, dataset: Path, method: Method) -> Path:
         """nnU-Net's folder of a trained method."""
@@ -272,6 +312,19 @@ class Pipeline:
             "nnUNet_compile": "1" if self.compiled else "0",
             "PYTHONUNBUFFERED": "1",
         }
+
+
+def _dataset_prefix(view: Path) -> str:
+    return f"Dataset{task_number(view):03d}_"
+
+
+def _count_cases(view: Path) -> int:
+    return len(list((view / "labelsTr").iterdir()))
+
+
+def _processes(cases: int) -> str:
+    # Each process that nnU-Net spawns imports torch first, which takes longer than to preprocess a few cases.
+    return "2" if cases > FEW_CASES else "1"
 
 
 def _was_begun(folder: Path, command: Sequence[str]) -> bool:

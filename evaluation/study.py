@@ -1,0 +1,157 @@
+"""Several models of one task, trained alike and attacked alike: resumable, several at once, stopped in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import filelock
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, PlannedNetwork, SmallNetwork
+from nnunet_ima.evaluation.report import write_report
+from nnunet_ima.evaluation.steps import Steps
+
+LOCK = "lock"
+
+Job = tuple[str, Callable[[], None]]
+"""Its name, and what it does."""
+
+
+class Study:
+    """All trainings and evaluations of a task, each model in logs of its own so that several can run at once.
+
+    Args:
+        output: where everything goes.
+        plans_name: of the plans file with the models' configurations.
+        network: of all models.
+        methods: what is trained.
+        evaluations: what each model goes through.
+        device: for training and attack.
+        workers: processes that augment, for each training.
+        compiled: whether nnU-Net may compile the network.
+        make_folders: see :class:`~nnunet_ima.evaluation.pipeline.Pipeline`.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        plans_name: str,
+        network: PlannedNetwork | SmallNetwork,
+        methods: Sequence[Method],
+        evaluations: Sequence[Attacks],
+        device: str,
+        workers: int = 1,
+        compiled: bool = False,
+        make_folders: bool = True,
+    ) -> None:
+        self.output, self.methods, self.evaluations = output, list(methods), list(evaluations)
+        self.stopped = False
+        self._running: list[Steps] = []
+        self._make = partial(
+            Pipeline, output, plans_name, network, device, workers, compiled=compiled, make_folders=make_folders
+        )
+
+    def prepare(self, task: Path) -> Path:
+        """Convert, plan, preprocess; write the plans of all methods. Returns the folder of preprocessed data."""
+        pipeline = self.pipeline()
+        dataset = pipeline.prepare(task)
+        pipeline.write_plans(dataset, self.methods)
+        return dataset
+
+    def jobs(
+        self, dataset: Path, train: bool = True, attack: bool = True, among: Sequence[Method] | None = None
+    ) -> Iterator[Job]:
+        """One a model, which trains and then attacks it.
+
+        Args:
+            dataset: the folder of preprocessed data.
+            train, attack: leave one of the two out.
+            among: these methods only.
+        """
+        for method in self.methods if among is None else among:
+            yield f"{method.title}{method.variant}", partial(self._run, dataset, method, train, attack)
+
+    def _run(self, dataset: Path, method: Method, train: bool, attack: bool) -> None:
+        pipeline = self.pipeline(method)
+        pipeline.logs.mkdir(parents=True, exist_ok=True)
+        if train:
+            self._unless_stopped()
+            pipeline.train(dataset, method)
+        for attacks in self.evaluations if attack else ():
+            self._unless_stopped()
+            pipeline.evaluate(dataset, method, attacks)
+
+    def _unless_stopped(self) -> None:
+        if self.stopped:
+            raise UserError("the time is up")
+
+    def pipeline(self, method: Method | None = None) -> Pipeline:
+        """The steps of a method; without one, those that all methods share."""
+        logs = "logs" if method is None else f"logs_{method.trainer}{method.variant}"
+        pipeline = self._make(logs=logs)
+        self._running.append(pipeline.steps)
+        return pipeline
+
+    def stop(self) -> None:
+        """End what runs; each of these commands goes on from its last checkpoint or record."""
+        self.stopped = True
+        for steps in self._running:
+            steps.stop()
+
+    def report(
+        self, evaluations: Sequence[Attacks], output: Path, methods: Sequence[Method] | None = None, note: str = ""
+    ) -> Path | None:
+        """One page for what is finished of some evaluations; None if nothing is."""
+        pipeline = self.pipeline()
+        runs = [
+            (method.title, pipeline.results(method, attacks))
+            for attacks in evaluations
+            for method in (self.methods if methods is None else methods)
+        ]
+        done = [(title, run) for title, run in runs if (run / "summary.json").is_file()]
+        return write_report([run for _, run in done], output, [title for title, _ in done], note) if done else None
+
+
+@contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder for this process; another one that asks for it is refused.
+
+    Args:
+        folder: in which the lock lies; it is made.
+        what: for the message.
+
+    Raises:
+        UserError: somebody else holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(
+            f"Another study is at work on {what}; wait until it has ended, or give another output folder."
+        ) from None
+
+
+def run_jobs(jobs: Iterable[Job], at_once: int, stop: Callable[[], None]) -> list[tuple[str, BaseException]]:
+    """Run jobs, so many at once; returns those that failed, and why.
+
+    Args:
+        jobs: what to do.
+        at_once: how many.
+        stop: ends what runs, when this process is interrupted.
+    """
+    with ThreadPoolExecutor(at_once) as pool:
+        futures: dict[Future[None], str] = {pool.submit(run): title for title, run in jobs}
+        try:
+            errors = [(title, future.exception()) for future, title in futures.items()]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            stop()
+            raise
+    return [(title, error) for title, error in errors if error is not None]
