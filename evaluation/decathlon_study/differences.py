@@ -22,34 +22,30 @@ ALWAYS = (
 )
 
 
-def differences(
-    task: GivenTask,
-    settings: Mapping[str, Any],
-    changed: Iterable[str],
-    features: int | None,
-    batch_size: int | None,
-    attack: str,
-    samples: int | None,
-    planned: Planned | None,
+def of_study(
+    settings: Mapping[str, Any], changed: Iterable[str], features: int | None, attack: str, samples: int | None
 ) -> list[str]:
-    """Sentences on one task, those of :data:`ALWAYS` last.
+    """Sentences on what all tasks share, those of :data:`ALWAYS` last.
+
+    Args:
+        settings: of all trainings.
+        changed: names of settings that the user changed.
+        features: of the first stage of a small network, None for the planned one.
+        attack: the strong one.
+        samples: slices attacked at most, None for all.
+    """
+    return [*_of_trainings(settings, changed, features), *_of_attacks(attack, samples), *ALWAYS]
+
+
+def of_task(task: GivenTask, batch_size: int | None, planned: Planned | None) -> list[str]:
+    """Sentences on one task.
 
     Args:
         task: what was given.
-        settings: of all trainings.
-        changed: names of settings that the user changed.
-        features, batch_size: of a network other than the planned one, None for the planned.
-        attack: the strong one.
-        samples: slices attacked at most, None for all.
+        batch_size: of all trainings, None for the planned one.
         planned: what nnU-Net planned, None if it has not yet.
     """
-    return [
-        *_of_data(task),
-        *(_of_plans(task, planned) if planned else ["nnU-Net has not planned yet: batch and patch are not compared."]),
-        *_of_trainings(task, settings, changed, features, batch_size),
-        *_of_attacks(attack, samples),
-        *ALWAYS,
-    ]
+    return [*_of_data(task), *_of_plans(task, batch_size, planned)]
 
 
 def _of_data(task: GivenTask) -> Iterator[str]:
@@ -72,35 +68,29 @@ def _of_data(task: GivenTask) -> Iterator[str]:
         yield f"{_count(task.classes, 'foreground class')}, the Decathlon's labels have {paper.classes}."
 
 
-def _of_plans(task: GivenTask, planned: Planned) -> Iterator[str]:
+def _of_plans(task: GivenTask, batch_size: int | None, planned: Planned | None) -> Iterator[str]:
     paper = task.paper
-    pairs: Sequence[tuple[str, object, object]] = (
-        ("a batch of", planned.batch_size, paper.batch_size),
-        ("a patch of", _size(planned.patch_size), _size(paper.patch_size)),
-    )
-    for what, here, there in pairs:
-        if here != there:
-            yield f"nnU-Net plans {what} {here} for these scans, the paper's planned {there}."
+    if batch_size is not None and batch_size != paper.batch_size:
+        yield f"Trainings take batches of {batch_size}, the paper's {paper.batch_size}."
+    if planned is None:
+        yield "nnU-Net has not planned yet, so its batch and patch cannot be compared with the paper's."
+        return
+    if batch_size is None and planned.batch_size != paper.batch_size:
+        yield f"nnU-Net plans batches of {planned.batch_size} for these scans, the paper's had {paper.batch_size}."
+    if planned.patch_size != paper.patch_size:
+        yield f"nnU-Net plans patches of {_size(planned.patch_size)}, the paper's had {_size(paper.patch_size)} pixels."
     if planned.original_shape != paper.median_shape:
         yield (
             f"The median scan has {_size(planned.original_shape)} voxels, the paper's had {_size(paper.median_shape)}."
         )
 
 
-def _of_trainings(
-    task: GivenTask,
-    settings: Mapping[str, Any],
-    changed: Iterable[str],
-    features: int | None,
-    batch_size: int | None,
-) -> Iterator[str]:
+def _of_trainings(settings: Mapping[str, Any], changed: Iterable[str], features: int | None) -> Iterator[str]:
     epochs, iterations = settings["num_epochs"], settings["num_iterations_per_epoch"]
     if (epochs, iterations) != (EPOCHS, ITERATIONS):
         yield f"{epochs} epochs of {iterations} iterations, the paper's trainings had {EPOCHS} of {ITERATIONS}."
     if features is not None:
-        yield f"A small network of {features} features in its first stage, not the planned one."
-    if batch_size is not None and batch_size != task.paper.batch_size:
-        yield f"Trainings take batches of {batch_size}, the paper's {task.paper.batch_size}."
+        yield f"A small network of {_count(features, 'feature')} in its first stage, not the planned one."
     for name in changed:
         yield f"The setting {name} is {settings[name]} for all methods."
 

@@ -22,6 +22,7 @@ ASSUMPTIONS = (
 def describe(study: DecathlonStudy) -> str:
     """For people: steps with their commands, differences from the paper, cost with its assumptions."""
     parts = ["Nothing was run, and nothing was written."]
+    parts.append("\n".join(["Differences from the paper, of all tasks:", *(f"- {text}" for text in study.differences)]))
     fewest = most = attacks = 0
     for task in study.tasks:
         part = _Task(task, study.request.steps)
@@ -49,7 +50,7 @@ class _Task:
             f"{len(given.cases)} cases: {len(split.training)} for training, {len(split.validation)} left aside, "
             f"{len(split.test)} attacked."
         )
-        yield "Differences from the paper:"
+        yield "Its own differences from the paper:"
         yield from (f"- {text}" for text in task.differences)
         yield "Steps:"
         yield "  " + task.environment()
@@ -74,8 +75,8 @@ class _Task:
         cost = training_cost(method.title, method.settings, task.batch_size)
         assumed = "" if task.planned or task.request.batch_size else " (the paper's batch; nnU-Net has not planned yet)"
         words = (
-            f"{cost.steps:,} steps of {cost.batch_size} samples{assumed}, {_range(cost.fewest, cost.most)} passes a "
-            f"sample and step: {_range(*cost.passes)} passes"
+            f"{cost.steps:,} steps of {cost.batch_size} samples{assumed}, passes a sample and "
+            f"step: {_range(cost.fewest, cost.most)}, in all {_range(*cost.passes)}"
         )
         done = pipeline.is_trained(method)
         if not done and "train" in self.steps:

@@ -15,7 +15,7 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.decathlon import dataset_name, view_name
 from nnunet_ima.evaluation.decathlon_study import table
 from nnunet_ima.evaluation.decathlon_study.cost import Planned, read_planned
-from nnunet_ima.evaluation.decathlon_study.differences import EPOCHS, ITERATIONS, differences
+from nnunet_ima.evaluation.decathlon_study.differences import EPOCHS, ITERATIONS, of_study, of_task
 from nnunet_ima.evaluation.decathlon_study.evaluations import AUTOATTACK, NAMES, evaluations_of
 from nnunet_ima.evaluation.decathlon_study.jobs import print_jobs
 from nnunet_ima.evaluation.decathlon_study.tasks import GivenTask, find_tasks
@@ -133,8 +133,9 @@ class DecathlonStudy:
         rows = [row for task in self.tasks for row in task.rows()]
         if not rows:
             return "No evaluation is finished yet, so there is no report."
-        pages = [page for task in self.tasks for page in task.pages()]
+        pages = [page for task in self.tasks for page in task.pages(self.differences)]
         parts = ["# The Decathlon study", "", table.as_markdown(rows), "## Differences from the paper", ""]
+        parts += [*(f"- {text}" for text in self.differences), ""]
         for task in self.tasks:
             parts += [f"### {task.given.folder.name}", "", *(f"- {text}" for text in task.differences), ""]
         write_text(self.output / "decathlon.md", "\n".join(parts))
@@ -147,6 +148,15 @@ class DecathlonStudy:
         request = self.request
         return print_jobs(request.options(), [task.given.paper.number for task in self.tasks], request.methods,
                           request.steps)  # fmt: skip
+
+    @property
+    def differences(self) -> list[str]:
+        """From the paper, in sentences: those of all tasks."""
+        request = self.request
+        lengths = ("num_epochs", "num_iterations_per_epoch")
+        changed = [name for name in request.settings if name not in lengths]
+        settings = {**dict(zip(lengths, (request.epochs, request.iterations), strict=True)), **request.settings}
+        return of_study(settings, changed, request.features, request.attack, request.samples)
 
     def _stop(self) -> None:
         for task in self.tasks:
@@ -241,13 +251,8 @@ class TaskStudy:
 
     @property
     def differences(self) -> list[str]:
-        """From the paper, in sentences."""
-        request = self.request
-        changed = [name for name in request.settings if name not in ("num_epochs", "num_iterations_per_epoch")]
-        return differences(
-            self.given, self.settings, changed, request.features, request.batch_size, request.attack, request.samples,
-            self.planned,
-        )  # fmt: skip
+        """From the paper, in sentences, beside those of all tasks."""
+        return of_task(self.given, self.request.batch_size, self.planned)
 
     def held(self, steps: Collection[str]) -> Iterator[tuple[Path, str]]:
         """Folders that no other process may work in meanwhile, with words for them."""
@@ -342,9 +347,9 @@ class TaskStudy:
             for row in table.rows_of(self.given.paper.number, method.title, self.given.paper.epsilon, summary)
         ]
 
-    def pages(self) -> list[Path]:
-        """Write the pages; returns them."""
-        note = " ".join(["Differences from the paper:", *self.differences])
+    def pages(self, shared: Sequence[str]) -> list[Path]:
+        """Write the pages, with the differences from the paper that all tasks share and its own; returns them."""
+        note = " ".join(["Differences from the paper:", *self.differences, *shared])
         # Its levels are others than those of AutoAttack in the same norm and protocol: it has a page of its own.
         noise = [one for one in self.study.evaluations if one.name.startswith("paper_linf_noise")]
         rest = [one for one in self.study.evaluations if one not in noise]
