@@ -10,9 +10,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import paper_scale
 from study_state import LARGEST, pack, unpack
 
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.phantom import make_phantom_task
+from nnunet_ima.evaluation.study import Study
 
 FOLD = Path("nnUNet_results/Dataset004_Hippocampus/nnUNetTrainerIMA__plans__2d/fold_0")
 
@@ -97,3 +100,45 @@ def test_a_state_that_is_too_large_is_refused_with_its_size(tmp_path):
     a_training(tmp_path / "here", features=int((LARGEST / 2) ** 0.5) + 10)
     with pytest.raises(UserError, match=r"MiB, more than the 16 MiB"):
         pack(tmp_path / "here", tmp_path / "state")
+
+
+@pytest.mark.slow
+def test_a_study_with_a_state_is_taken_up_although_its_task_is_converted_anew(tmp_path, monkeypatch):
+    """nnU-Net refuses to convert a task of which there are results: they must come after the conversion."""
+    task = make_phantom_task(tmp_path / "Task04_Hippocampus", 5, progress=False)
+    state, work = tmp_path / "state", tmp_path / "work"
+    a_training(tmp_path / "elsewhere")
+    # There it had been converted, which says nothing of this machine.
+    (tmp_path / "elsewhere" / "logs").mkdir()
+    (tmp_path / "elsewhere" / "logs" / "convert.done").write_text('{"command": []}')
+    pack(tmp_path / "elsewhere", state)
+    before = (state / f"{FOLD.parent.name}_{FOLD.name}.pth").stat().st_mtime_ns
+    found: list[int] = []
+
+    def jobs(self: Study, dataset: Path) -> list[object]:
+        found.append(torch.load(work / FOLD / "checkpoint_latest.pth", weights_only=True)["current_epoch"])
+        assert (dataset / "nnUNetPlans_glance.json").is_file()
+        return []
+
+    monkeypatch.setattr(Study, "jobs", jobs)
+    command = ["paper_scale.py", "--data", str(task), "-o", str(work), "--scale", "glance", "--methods", "IMA"]
+    monkeypatch.setattr(sys, "argv", [*command, "--state", str(state), "--results", str(tmp_path / "results")])
+    paper_scale.main()
+    assert found == [7]
+    assert (work / "nnUNet_raw" / "Dataset004_Hippocampus" / "dataset.json").is_file()
+    assert (work / "sound_l2_IMA" / "records" / "journal.jsonl").is_file()
+    assert (state / f"{FOLD.parent.name}_{FOLD.name}.pth").stat().st_mtime_ns > before
+    # Once more, on the machine where it is.
+    paper_scale.main()
+    assert found == [7, 7]
+
+
+def test_a_state_that_was_not_taken_up_is_not_overwritten(tmp_path, monkeypatch):
+    a_training(tmp_path / "elsewhere")
+    pack(tmp_path / "elsewhere", tmp_path / "state")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "state").iterdir()}
+    command = ["paper_scale.py", "--data", str(tmp_path / "nothing"), "-o", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", [*command, "--state", str(tmp_path / "state"), "--scale", "glance"])
+    with pytest.raises(UserError, match="is no task folder"):
+        paper_scale.main()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "state").iterdir()} == before

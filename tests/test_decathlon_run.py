@@ -1,0 +1,103 @@
+"""The Decathlon study from end to end, on two phantoms: killed, continued, reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from nnunet_project import program
+
+from nnunet_ima.evaluation.phantom import make_phantom_task
+
+pytestmark = pytest.mark.slow
+
+EPOCHS = 3
+METHODS = ("STD", "IMA")
+
+
+def the_command(root: Path, *more: str) -> list[str]:
+    return [
+        program("nnunet_ima"), "decathlon", "--raw", str(root / "raw"), "-o", str(root / "out"), "--tasks", "2", "4",
+        "--methods", *METHODS, "--epochs", str(EPOCHS), "--iterations", "2", "--features", "4", "--batch-size", "4",
+        "--set", "steps=2", "initial_lr=0.1", "save_every=1", "num_val_iterations_per_epoch=1",
+        "--attack", "pgd:steps=2", "--samples", "2", "--evaluations", "sound_l2", "paper_linf_noise",
+        "-device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def kill_in_training(root: Path, trainer: str) -> None:
+    """Start the study, and kill it with all it started once a training of the first task has written a checkpoint."""
+    checkpoint = f"out/Task02/nnUNet_results/*/{trainer}__*/fold_0/checkpoint_latest.pth"
+    with (root / "first.log").open("w") as stream:
+        process = subprocess.Popen(
+            the_command(root), stdout=stream, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        )
+        while not list(root.glob(checkpoint)):
+            assert process.poll() is None, (root / "first.log").read_text()[-3000:]
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_study_of_two_tasks_is_killed_goes_on_and_reports(tmp_path):
+    for number in (2, 4):
+        make_phantom_task(tmp_path / "raw" / f"Task0{number}_Phantom", 5, seed=number, progress=False, enhancement=1.0)
+    out = tmp_path / "out"
+    ima = out / "Task02" / "logs_nnUNetTrainerIMA" / "train_IMA"
+    kill_in_training(tmp_path, "nnUNetTrainerIMA")
+    assert not ima.with_suffix(".done").exists()
+    early = sorted(out.glob("Task0*/logs*/*.done"))
+    # Two preparations, one training, its two evaluations.
+    assert len(early) == 2 * 2 + 1 + 2
+    before = {file: file.read_bytes() for file in early}
+
+    done = subprocess.run(the_command(tmp_path), capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {file: file.read_bytes() for file in early} == before
+    # The training that was killed was continued, not begun again.
+    assert "--c" in json.loads(ima.with_suffix(".done").read_text())["command"]
+
+    for number in (2, 4):
+        task = out / f"Task0{number}"
+        (fold,) = json.loads(next(task.glob("nnUNet_preprocessed/*/splits_final.json")).read_text())
+        assert sorted([*fold["train"], *fold["val"]]) == [f"phantom_{case:03d}" for case in range(5)]
+        for method in METHODS:
+            checkpoint = next(task.glob(f"nnUNet_results/*/nnUNetTrainer{method}__*/fold_0/checkpoint_final.pth"))
+            content = torch.load(checkpoint, map_location="cpu", weights_only=False)
+            assert content["current_epoch"] == EPOCHS
+            # Within what --dry-run says of it: K = 2 steps and 10 bisections.
+            assert all(2 <= passes <= 2 + 10 + 3 for passes in content["logging"].get("passes_per_sample", []))
+        page = (task / "report" / "report.html").read_text(encoding="utf-8")
+        assert "stands in for the Decathlon" in page
+        assert "No training clamps to [0, 1]" in page
+        assert (task / "report_white_noise" / "report.html").is_file()
+        summary = json.loads((task / "sound_l2_pgd-steps-2_2samples_IMA" / "summary.json").read_text())
+        assert summary["clean"]["n_samples"] == 2
+
+    rows = list(csv.DictReader((out / "decathlon.csv").read_text().splitlines()))
+    assert {(row["task"], row["method"]) for row in rows} == {(task, method) for task in "24" for method in METHODS}
+    levels = {(row["task"], row["level"]) for row in rows if row["protocol"] == "sound"}
+    named = {"clean", "mean"}
+    assert levels == {("2", one) for one in {*named, "5", "15", "25"}} | {
+        ("4", one) for one in {*named, "1", "5", "10", "15"}
+    }  # fmt: skip
+    assert {row["published"] for row in rows} == {""}
+    text = (out / "decathlon.md").read_text()
+    assert f"{EPOCHS} epochs of 2 iterations, the paper's trainings had 50 of 50." in text
+
+    # Nothing is left to do, and a dry run knows it.
+    shown = subprocess.run(the_command(tmp_path, "--dry-run"), capture_output=True, text=True, env=environment())
+    assert "[to do]" not in shown.stdout
+    assert "in all: 0 passes of training, at most 0 of attacks" in shown.stdout
+    assert "nnU-Net plans patches of" in shown.stdout
