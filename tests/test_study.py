@@ -1,0 +1,77 @@
+"""Several jobs at once: all that can be done is done, and an interrupted study starts nothing more."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.pipeline import Method, PlannedNetwork, SmallNetwork
+from nnunet_ima.evaluation.study import Study, exclusive, run_jobs
+
+
+def test_failures_are_named_and_the_rest_is_done():
+    done: list[int] = []
+
+    def run(number: int) -> None:
+        done.append(number)
+        if number % 2:
+            raise UserError(f"{number} is odd")
+
+    failed = run_jobs(((f"job {i}", lambda i=i: run(i)) for i in range(5)), 2, lambda: None)
+    assert sorted(done) == [0, 1, 2, 3, 4]
+    assert [(title, str(error)) for title, error in failed] == [("job 1", "1 is odd"), ("job 3", "3 is odd")]
+
+
+def test_an_interrupted_study_ends_what_runs_and_starts_nothing_more(monkeypatch):
+    begun, stopped = threading.Event(), threading.Event()
+    ran: list[str] = []
+
+    def first() -> None:
+        ran.append("first")
+        begun.set()
+        assert stopped.wait(20)
+
+    def interrupted(_: object) -> None:
+        assert begun.wait(20)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "exception", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([("first", first), ("second", lambda: ran.append("second"))], 1, stopped.set)
+    assert ran == ["first"]
+
+
+def test_a_stopped_study_runs_no_further_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunet_ima.evaluation.steps.Steps.run", lambda *_: pytest.fail("a step was run"))
+    method = Method("IMA", "nnUNetTrainerIMA", {"num_epochs": 1})
+    study = Study(tmp_path, "plans", PlannedNetwork(), [method], [], "cpu")
+    ((title, run),) = study.jobs(tmp_path / "nnUNet_preprocessed" / "Dataset004_Hippocampus")
+    study.stop()
+    with pytest.raises(UserError, match="the time is up"):
+        run()
+    assert title == "IMA"
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    with exclusive(tmp_path, "it"), pytest.raises(UserError, match="at work on it"), exclusive(tmp_path, "it"):
+        pytest.fail("held twice")
+    with exclusive(tmp_path, "it"):
+        pass
+
+
+def test_a_look_at_a_study_leaves_nothing(tmp_path: Path):
+    study = Study(tmp_path / "work", "plans", PlannedNetwork(), [], [], "cpu", make_folders=False)
+    study.pipeline()
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_a_batch_is_the_planned_one_unless_another_is_given(batch_size):
+    architecture = {"arch_kwargs": {"n_stages": 2}}
+    plans = {"configurations": {"2d": {"batch_size": 366, "architecture": architecture}}}
+    for network in (PlannedNetwork(batch_size=batch_size), SmallNetwork("2d_small", batch_size=batch_size)):
+        assert network.configuration(plans, {}).get("batch_size") == batch_size
