@@ -63,8 +63,8 @@ def training_cost(method: str, settings: Mapping[str, Any], batch_size: int) -> 
         # One more once its averages are in use.
         "TE": (inner + 1, inner + 2),
         "TRADES": (inner + 2, inner + 2),
-        # A sample without foreground, or one that is wrong, costs two.
-        "IMA": (2, inner + bisections + 3),
+        # One for a sample without foreground, or one that is wrong: it is not perturbed.
+        "IMA": (1, inner + bisections + 3),
     }[method]
     return Training(steps, batch_size, fewest, most)
 
