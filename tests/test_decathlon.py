@@ -156,7 +156,9 @@ def test_each_difference_is_said(tmp_path):
         "19 x 384 x 384 voxels, the paper's had 20 x 320 x 319",
     ):  # fmt: skip
         assert part in text
-    assert "batches of 8, the paper's 32" in "\n".join(of_task(task, 8, planned))
+    text = "\n".join(of_task(task, 8, planned))
+    assert "batches of 8, the paper's 32" in text
+    assert "batches of 12" not in text
     assert "has not planned yet" in "\n".join(of_task(task, None, None))
     settings = {"num_epochs": 2, "num_iterations_per_epoch": 3, "steps": 4}
     text = "\n".join(of_study(settings, ["steps"], 8, FAST, 10))
