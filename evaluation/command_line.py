@@ -117,11 +117,6 @@ def _add_configure(parser: argparse.ArgumentParser) -> None:
 def _add_decathlon(parser: argparse.ArgumentParser) -> None:
     from_steps = ("convert", "plan", "train", "evaluate", "report")
     methods = ("STD", "SAT", "TE", "TRADES", "IMA")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = """\
-On a queue, such as SLURM (a stage needs the one before; docs/decathlon.md):
-  nnunet_ima decathlon --raw RAW -o OUT -device cuda --only train --print-jobs | grep -v '^#' > train.txt
-  sbatch --gpus=1 --array=1-$(wc -l < train.txt) --wrap 'eval "$(sed -n "${SLURM_ARRAY_TASK_ID}p" train.txt)"'"""
     parser.add_argument("--raw", type=Path, required=True, help="holds the task folders, such as Task04_Hippocampus")
     parser.add_argument("-o", "--output", type=Path, default=Path("decathlon"), help="default ./decathlon")
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 5], metavar="N", help="default 2 4 5")
@@ -131,7 +126,7 @@ On a queue, such as SLURM (a stage needs the one before; docs/decathlon.md):
     steps.add_argument("--only", nargs="+", choices=from_steps, help="steps to do")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--dry-run", action="store_true", help="print the steps, what they cost, and differences")
-    shown.add_argument("--print-jobs", action="store_true", help="print commands for a queue instead of running")
+    shown.add_argument("--print-jobs", action="store_true", help="print commands for a queue, one a line")
     parser.add_argument("--jobs", type=_positive, default=1, help="models at work at once; default 1")
     parser.add_argument("--workers", type=_positive, default=1, help="processes that augment, for each training")
     parser.add_argument("--compile", action="store_true", help="let nnU-Net compile the network")

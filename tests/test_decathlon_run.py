@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -20,6 +21,9 @@ pytestmark = pytest.mark.slow
 
 EPOCHS = 3
 METHODS = ("STD", "IMA")
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "decathlon.md"
 
 
 def the_command(root: Path, *more: str) -> list[str]:
@@ -101,3 +105,42 @@ def test_a_study_of_two_tasks_is_killed_goes_on_and_reports(tmp_path):
     assert "[to do]" not in shown.stdout
     assert "in all: 0 passes of training, at most 0 of attacks" in shown.stdout
     assert "nnU-Net plans patches of" in shown.stdout
+
+
+# What SLURM does with an array, for the first of its jobs; of nnunet_ima only what it was asked for.
+SLURM = """
+sbatch() {
+    echo "sbatch $*" >> submitted
+    for last; do :; done
+    (
+        SLURM_ARRAY_TASK_ID=1
+        nnunet_ima() { echo "$*" >> ran; }
+        eval "$last"
+    )
+    echo $(wc -l < submitted)
+}
+"""
+
+
+def test_the_loop_for_slurm_submits_each_stage_after_the_one_before(tmp_path):
+    for number in (2, 4, 5):
+        make_phantom_task(tmp_path / "raw" / f"Task0{number}_Phantom", 5, seed=number, progress=False)
+    (loop,) = [block for block in PAGE.read_text().split("```") if "sbatch" in block and block.startswith("text")]
+    script = loop.removeprefix("text\n").replace("/data/Decathlon", str(tmp_path / "raw")).replace("cuda", "cpu")
+    script = script.replace("/scratch/study", str(tmp_path / "study"))
+    path = os.pathsep.join([str(Path(program("nnunet_ima")).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-e", "-c", SLURM + script], cwd=tmp_path, env={**environment(), "PATH": path}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    submitted = (tmp_path / "submitted").read_text().splitlines()
+    arrays = [re.findall(r"--array=1-\s*(\d+)", line)[0] for line in submitted]
+    assert arrays == ["3", "15", "15", "1"]
+    waits = [re.findall(r"--dependency=afterany:(\d+)", line) for line in submitted]
+    assert waits == [[], ["1"], ["2"], ["3"]]
+    ran = [line.split(" --tasks ")[1] for line in (tmp_path / "ran").read_text().splitlines()]
+    assert ran == [
+        "2 --only convert plan", "2 --methods STD --only train", "2 --methods STD --only evaluate",
+        "2 4 5 --methods STD SAT TE TRADES IMA --only report",
+    ]  # fmt: skip

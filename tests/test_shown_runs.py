@@ -41,6 +41,7 @@ SUBSTITUTES: tuple[tuple[str, str | None, str], ...] = (
     (r"pip install \.", None, "takes minutes; the tests run in what `make` installs in the same way"),
     (r"make .*", None, "`make test` is this; `make demo` calls the command below"),
     (r"nnunet_ima demo .*", None, "takes ten minutes; test_hippocampus.py runs the same pipeline on real scans"),
+    (r"nnunet_ima decathlon .*", None, "takes hours; test_decathlon_run.py runs it on two phantoms"),
     (r"python benchmarks/.*", None, "takes minutes to hours; benchmarks/results has what came of it"),
     (r"docker .*", None, "there is no Docker; what runs inside is parsed, and the like is run elsewhere"),
     (r"sbatch .*", None, "there is no cluster; the scripts are run"),
