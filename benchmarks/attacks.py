@@ -139,10 +139,11 @@ def prepared(
     """Network, images and targets of a model's validation slices, and what makes an attack of a class."""
     # nnU-Net reads its folders from the environment when it is imported.
     from nnunet_ima.dice import DiceCriterion
+    from nnunet_ima.evaluation.batch import load_batch
     from nnunet_ima.evaluation.cases import ValidationCases
     from nnunet_ima.evaluation.models import load_model
     from nnunet_ima.evaluation.protocols import Protocol, parse_level
-    from nnunet_ima.evaluation.run import load_batch, select_samples
+    from nnunet_ima.evaluation.run import select_samples
 
     key = method.title, level
     if key not in _PREPARED:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import Tensor
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.cases import Case, Place, ValidationCases
+from nnunet_ima.evaluation.cases import Case, ValidationCases
 from nnunet_ima.evaluation.metrics import CaseScore, Segmentation, score_case
+from nnunet_ima.evaluation.sliding_window import make_predictor
+from nnunet_ima.evaluation.tile_merge import TileMerge
+from nnunet_ima.overlap import Place
 
 
 class CaseLevel:
@@ -25,19 +26,7 @@ class CaseLevel:
     def __init__(self, cases: ValidationCases, device: torch.device) -> None:
         self._cases = cases
         self._model = cases.model
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._predictor = nnUNetPredictor(
-                perform_everything_on_device=device.type == "cuda", device=device, allow_tqdm=False
-            )
-            self._predictor.manual_initialization(
-                self._model.network,
-                self._model.plans,
-                self._model.configuration,
-                None,
-                self._model.dataset_json,
-                self._model.trainer,
-                self._model.mirroring_axes,
-            )
+        self._predictor = make_predictor(cases.model, device)
 
     def score(self, case: Case, image: Tensor) -> CaseScore:
         """Score the prediction for ``image`` (C, Z, Y, X), padded as ``case.image``."""
@@ -46,20 +35,13 @@ class CaseLevel:
     def merge(self, case: Case, tiles: Sequence[tuple[Place, Tensor]]) -> Tensor:
         """Put perturbed tiles (C, *patch) into one volume (C, Z, Y, X).
 
-        Where tiles overlap, their perturbations are averaged with nnU-Net's own Gaussian weights, as it averages
-        predictions: the range is kept, and an L2 norm over a tile can only come out smaller than the tiles' largest
-        by averaging, or larger where neighbours add to it. Tiles without foreground stay clean.
+        Tiles without foreground stay clean; see :class:`~nnunet_ima.evaluation.tile_merge.TileMerge`.
         """
-        weight = compute_gaussian(
-            tuple(self._model.configuration.patch_size), value_scaling_factor=1, dtype=torch.float32,
-            device=torch.device("cpu"),
-        )  # fmt: skip
-        total, weights = torch.zeros_like(case.image), torch.zeros_like(case.image[:1])
-        for place, tile in tiles:
-            difference = tile - self._cases.patch(case.image, place)
-            self._cases.put_patch(total, place, difference * weight)
-            self._cases.put_patch(weights, place, weight[None])
-        return case.image + torch.where(weights > 0, total / weights.clamp_min(1e-12), torch.zeros_like(total))
+        if not tiles:
+            return case.image
+        merge = TileMerge(case.image, [place for place, _ in tiles], self._model.configuration.patch_size)
+        stacked = torch.stack([tile for _, tile in tiles])
+        return merge(stacked[:, :, None] if self._cases.is_2d else stacked)
 
     def predict_scan(self, image: np.ndarray[Any, Any], properties: dict[str, Any]) -> Segmentation:
         """What ``nnUNetv2_predict`` makes of a raw scan (C, Z, Y, X), preprocessing included."""

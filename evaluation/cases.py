@@ -21,10 +21,8 @@ from torch import Tensor
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import nnunet_folder
 from nnunet_ima.evaluation.models import TrainedModel
+from nnunet_ima.overlap import Place
 from nnunet_ima.tiles import tile_grid
-
-Place = tuple[slice, ...]
-"""Where a tile lies in the padded case: slices of its three axes; of thickness one along the axis a 2D model lacks."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """A tile of a case that holds foreground; ``tile`` is its number in nnU-Net's sliding-window order."""
+    """A tile of a case that holds foreground.
+
+    Attributes:
+        case: its name.
+        tile: its number in nnU-Net's sliding-window order.
+        place: in the padded case, along three axes; a single slice along the one that a 2D model lacks.
+    """
 
     case: str
     tile: int
@@ -104,10 +108,6 @@ class ValidationCases:
         """The tile at ``place`` of ``volume`` (C, Z, Y, X), as the network takes it: (C, *patch)."""
         tile = volume[_with_channels(place)]
         return tile[:, 0] if self.is_2d else tile
-
-    def put_patch(self, volume: Tensor, place: Place, tile: Tensor) -> None:
-        """Add ``tile`` (C, *patch) to ``volume`` (C, Z, Y, X) at ``place``, in place."""
-        volume[_with_channels(place)] += tile[:, None] if self.is_2d else tile
 
     @cached_property
     def is_2d(self) -> bool:

@@ -189,6 +189,15 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive, default=64, help="samples at once; changes no number")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--no-cases", action="store_true", help="skip the case level")
+    whole = parser.add_mutually_exclusive_group()
+    whole.add_argument(
+        "--end-to-end", action="store_const", const="window", default="off",
+        help="attack whole cases too, through nnU-Net's sliding window, and tell how much of the effect survives",
+    )  # fmt: skip
+    whole.add_argument(
+        "--end-to-end-mirroring", action="store_const", const="mirroring", dest="end_to_end",
+        help="the same, through nnU-Net's mirroring as well: up to 4 (2D) or 8 (3D) times the passes",
+    )  # fmt: skip
     parser.add_argument("-num_parts", type=_positive, default=1, help="split the cases over this many machines")
     parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument(
@@ -370,6 +379,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             command=shlex.join(["nnunet_ima", *sys.argv[1:]]),
             num_parts=options.num_parts,
             part_id=options.part_id,
+            end_to_end=options.end_to_end,
         )
     )
     if options.num_parts == 1:

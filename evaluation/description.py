@@ -40,6 +40,8 @@ def identify(evaluation: Evaluation, cases: Sequence[str], chunk: int) -> dict[s
         "samples in a pass": chunk,
         "device": evaluation.device.type,
         "version of": versions(),
+        # Only then: runs from before there was a choice can still be continued.
+        **({"end to end": evaluation.end_to_end} if evaluation.end_to_end != "off" else {}),
     }
 
 
@@ -67,10 +69,19 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
         "trained_on_these_cases": model.fold == "all" or bool(model.training_cases & set(cases)),
         "started_from_unknown_weights": model.started_from_unknown,
         "margins_by_epoch": model.margins,
+        **_end_to_end(evaluation),
         "device": str(evaluation.device),
         "command": command,
         "versions": versions(),
     }
+
+
+def _end_to_end(evaluation: Evaluation) -> dict[str, Any]:
+    if evaluation.end_to_end == "off":
+        return {}
+    axes = evaluation.model.mirroring_axes
+    known = evaluation.end_to_end == "mirroring"
+    return {"end_to_end": {"mirrored_axes": list(axes or ()), "mirroring_known_to_the_attack": known}}
 
 
 def _name_of(region: Region, dataset_json: Mapping[str, Any]) -> str:

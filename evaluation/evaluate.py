@@ -15,6 +15,7 @@ import torch
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
+from nnunet_ima.evaluation.end_to_end import EndToEnd, refuse_what_cannot
 from nnunet_ima.evaluation.environment import choose_device
 from nnunet_ima.evaluation.identity import FILE as RUN_FILE
 from nnunet_ima.evaluation.journal import Journal
@@ -53,10 +54,13 @@ class Request:
     command: str
     num_parts: int = 1
     part_id: int = 0
+    end_to_end: EndToEnd = "off"
 
 
 def evaluate(request: Request, progress: bool = True) -> Path:
     """Attack a model and write summary.json, samples.csv, cases.csv, table.md, two pictures; members.csv for ensembles.
+
+    With ``end_to_end`` also end_to_end.csv.
 
     What an earlier, killed call found is not attacked again. With several parts only records are written, for
     :func:`~nnunet_ima.evaluation.merge.merge`.
@@ -73,6 +77,8 @@ def evaluate(request: Request, progress: bool = True) -> Path:
     attacks = [parse_attack(text) for text in dict.fromkeys(request.attacks)]
     if not 0 <= request.part_id < request.num_parts:
         raise UserError(f"-part_id is {request.part_id}; it must be from 0 to {request.num_parts - 1}.")
+    if request.end_to_end != "off":
+        refuse_what_cannot(attacks, request.case_level)
     device = choose_device(request.device)
     _use_all_cores(device)
     folder = choose_model(request.model, request.dataset, request.configuration, request.trainer, request.plans)
@@ -93,6 +99,7 @@ def evaluate(request: Request, progress: bool = True) -> Path:
         progress=progress,
         num_parts=request.num_parts,
         part_id=request.part_id,
+        end_to_end=request.end_to_end,
     )
     begun_before = (output / RUN_FILE).exists()
     try:

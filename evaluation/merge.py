@@ -107,6 +107,8 @@ def _refuse_incomplete(
             wanted = {(case, tile) for case, tiles in part.planned.items() for tile in tiles}
             left = wanted.difference(*(other.samples[condition] for other in parts))
             cases = part.complete_cases.difference(*(other.cases[condition] for other in parts))
+            if identity.get("end to end") and condition.level is not None:
+                cases |= part.complete_cases.difference(*(other.end_to_end[condition] for other in parts))
             if left or (cases and identity["case level"]):
                 what = f"{len(left)} samples" if left else f"{len(cases)} cases"
                 raise UserError(
@@ -122,9 +124,12 @@ def _join(condition: Condition, parts: Sequence[Records]) -> Outcome:
     complete = {case for part in parts for case in part.complete_cases}
     scores = {key: score for part in parts for key, score in part.samples[condition].items() if key in planned}
     cases = {name: score for part in parts for name, score in part.cases[condition].items() if name in complete}
+    whole = {name: found for part in parts for name, found in part.end_to_end[condition].items() if name in complete}
     samples = [scores[key] for key in sorted(scores)]
     worst = worst_examples(condition, parts) if condition.level else []
-    return Outcome(condition.attack, condition.level, samples, dict(sorted(cases.items())), worst)
+    return Outcome(
+        condition.attack, condition.level, samples, dict(sorted(cases.items())), dict(sorted(whole.items())), worst
+    )
 
 
 def worst_examples(condition: Condition, parts: Sequence[Records]) -> list[Example]:

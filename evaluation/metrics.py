@@ -90,20 +90,21 @@ def score_case(
 
 def mean_case_dice(scores: Sequence[CaseScore]) -> float:
     """nnU-Net's foreground mean: for each class the mean over cases, then the mean over classes."""
-    return _mean_over_classes([score.dice for score in scores])
+    return mean_over_classes([score.dice for score in scores])
 
 
 def mean_hd95(scores: Sequence[CaseScore]) -> float:
     """Mean of the defined distances, per class and then over classes, in mm."""
-    return _mean_over_classes([score.hd95 for score in scores])
+    return mean_over_classes([score.hd95 for score in scores])
 
 
 def mean_surface_dice(scores: Sequence[CaseScore]) -> float:
     """Mean of the defined shares, per class and then over classes."""
-    return _mean_over_classes([score.surface_dice for score in scores])
+    return mean_over_classes([score.surface_dice for score in scores])
 
 
-def _mean_over_classes(rows: Sequence[Sequence[float]]) -> float:
+def mean_over_classes(rows: Sequence[Sequence[float]]) -> float:
+    """nnU-Net's mean of a table with a row a case and a column a class: of each class over cases, then of these."""
     if not rows:
         return float("nan")
     return nan_mean([nan_mean(list(column)) for column in zip(*rows, strict=True)])

@@ -80,6 +80,27 @@ class SampleScore:
     by_attack: Mapping[str, MemberScore | None] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class EndToEndScore:
+    """A case after an attack that went through the sliding window.
+
+    Attributes:
+        score: of the volume with the lowest case Dice that is known.
+        found_by: where it comes from: ``end-to-end``, or if that found nothing lower ``carried over`` from the samples,
+            or ``unperturbed``.
+        norm: the largest that the attack's own perturbation has in a window of the network, in z-scores.
+        carried_norm: the same of the perturbation that is carried over from the samples.
+        forward_passes, backward_passes: of the whole case.
+    """
+
+    score: CaseScore
+    found_by: str
+    norm: float
+    carried_norm: float
+    forward_passes: int
+    backward_passes: int
+
+
 @dataclass
 class Outcome:
     """Everything about one condition.
@@ -89,6 +110,7 @@ class Outcome:
         level: None without an attack.
         samples: in the order of the cases, then of the tiles.
         cases: by name; only cases all of whose samples were attacked.
+        end_to_end: by name; of the same cases, if whole cases were attacked too.
         worst: the samples that lost most Dice, to be shown.
         findings: of the clean condition: what the checks of the network found.
         points: for each sample, the point whose counts TVDI pools; see
@@ -99,6 +121,7 @@ class Outcome:
     level: Level | None
     samples: list[SampleScore] = field(default_factory=list)
     cases: dict[str, CaseScore] = field(default_factory=dict)
+    end_to_end: dict[str, EndToEndScore] = field(default_factory=dict)
     worst: list[Example] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)

@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nnunet_ima.evaluation.checked_file import read_checked, write_checked
 from nnunet_ima.evaluation.examples import Example, load_example, save_example
 from nnunet_ima.evaluation.journal import Journal, Record
 from nnunet_ima.evaluation.metrics import CaseScore
-from nnunet_ima.evaluation.outcomes import Condition, MemberScore, SampleKey, SampleScore, lost_most
+from nnunet_ima.evaluation.outcomes import Condition, EndToEndScore, MemberScore, SampleKey, SampleScore, lost_most
 from nnunet_ima.files import remove_leftovers
 
 RECORDS = "records"
@@ -57,6 +58,7 @@ class Records:
         self._number = {condition: number for number, condition in enumerate(conditions)}
         self.samples: dict[Condition, dict[SampleKey, SampleScore]] = {condition: {} for condition in conditions}
         self.cases: dict[Condition, dict[str, CaseScore]] = {condition: {} for condition in conditions}
+        self.end_to_end: dict[Condition, dict[str, EndToEndScore]] = {condition: {} for condition in conditions}
         self.planned: dict[str, list[int]] = {}
         self.fingerprints: dict[str, int] = {}
         self.complete_cases: set[str] = set()
@@ -121,17 +123,12 @@ class Records:
 
     def add_case(self, condition: Condition, name: str, score: CaseScore) -> None:
         """Note a case's score, and forget the tiles it was made of."""
-        self._add(
-            {
-                "kind": "case",
-                "condition": _name_of(condition),
-                "case": name,
-                "dice": score.dice,
-                "hd95": score.hd95,
-                "surface_dice": score.surface_dice,
-            }
-        )
+        self._add({"kind": "case", "condition": _name_of(condition), "case": name, **asdict(score)})
         shutil.rmtree(self._tiles(condition, name), ignore_errors=True)
+
+    def add_end_to_end(self, condition: Condition, name: str, found: EndToEndScore) -> None:
+        """Note what an attack through the sliding window did to a case."""
+        self._add({"kind": "end to end", "condition": _name_of(condition), "case": name, **asdict(found)})
 
     def add_findings(self, findings: Sequence[Finding]) -> None:
         """Note what the checks of the network found."""
@@ -200,14 +197,15 @@ class Records:
             self.findings = [Finding(*finding) for finding in record["findings"]]
         elif kind == "chunk":
             self.smallest_chunk = min(record["chunk"], self.smallest_chunk or record["chunk"])
-        elif kind in ("sample", "case") and record["condition"] in known:
+        elif kind in ("sample", "case", "end to end") and record["condition"] in known:
             condition = known[record["condition"]]
             if kind == "sample":
                 score = _sample_score(record)
                 self.samples[condition][score.sample] = score
+            elif kind == "case":
+                self.cases[condition][record["case"]] = _case_score(record)
             else:
-                kinds = (tuple(record[name]) for name in ("dice", "hd95", "surface_dice"))
-                self.cases[condition][record["case"]] = CaseScore(*kinds)
+                self.end_to_end[condition][record["case"]] = _end_to_end_score(record)
 
 
 def _name_of(condition: Condition) -> str:
@@ -246,3 +244,12 @@ def _sample_score(record: Record) -> SampleScore:
         for name, part in values.pop("by_attack").items()
     }
     return SampleScore(sample, np.array(values.pop("counts"), float), by_attack=members, **values)
+
+
+def _case_score(record: Record) -> CaseScore:
+    return CaseScore(*(tuple(record[name]) for name in ("dice", "hd95", "surface_dice")))
+
+
+def _end_to_end_score(record: Record) -> EndToEndScore:
+    values = {key: value for key, value in record.items() if key not in ("kind", "condition", "case")}
+    return EndToEndScore(_case_score(values.pop("score")), **values)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,24 +20,28 @@ from nnunet_ima.attacks.oracle import finite_logits, undisturbed
 from nnunet_ima.dice import DiceCriterion, confusion, sample_dice
 from nnunet_ima.errors import UserError, is_out_of_memory
 from nnunet_ima.evaluation.attack_choice import AttackChoice
+from nnunet_ima.evaluation.batch import load_batch
 from nnunet_ima.evaluation.case_level import CaseLevel
-from nnunet_ima.evaluation.cases import Case, Place, Sample, ValidationCases
+from nnunet_ima.evaluation.cases import Sample, ValidationCases
 from nnunet_ima.evaluation.description import describe_run, identify
+from nnunet_ima.evaluation.end_to_end import Carried, EndToEnd, EndToEndAttack
 from nnunet_ima.evaluation.examples import Example, make_example
 from nnunet_ima.evaluation.identity import digest, write_identity
 from nnunet_ima.evaluation.metrics import Array, CaseScore
 from nnunet_ima.evaluation.models import TrainedModel
-from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, MemberScore, SampleKey, SampleScore
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, EndToEndScore, MemberScore, SampleKey, SampleScore
 from nnunet_ima.evaluation.protocols import Level, Protocol
 from nnunet_ima.evaluation.records import Records, part_folder
+from nnunet_ima.overlap import Place
 from nnunet_ima.precision import use_exact_convolutions
-from nnunet_ima.threat import ThreatModel
 
 # The network always runs on chunks of this many voxels and samples, whatever --batch-size: see Oracle.
 CHUNK_VOXELS = {"cpu": 2**18, "mps": 2**18, "cuda": 2**22}
 LARGEST_CHUNK = {"cpu": 16, "mps": 16, "cuda": 128}
 
 CHECKED_SAMPLES = 8
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Evaluation:
         batch_size: samples attacked at once. It changes memory and speed, no number.
         seed: of attacks and of the choice of samples.
         num_parts, part_id: attack every ``num_parts``-th case only, from the ``part_id``-th.
+        end_to_end: whether each attack is also run on whole cases, through the sliding window.
     """
 
     model: TrainedModel
@@ -82,6 +87,7 @@ class Evaluation:
     progress: bool = True
     num_parts: int = 1
     part_id: int = 0
+    end_to_end: EndToEnd = "off"
 
     def run(self, folder: Path, command: str) -> None:
         """Attack whatever the records in ``folder`` do not hold yet; each result is noted there at once.
@@ -197,20 +203,6 @@ def _whole_cases(
     return chosen, touched, complete
 
 
-def load_batch(
-    cases: ValidationCases, batch: Sequence[Sample], protocol: Protocol, level: Level | None, device: torch.device
-) -> tuple[Tensor, Tensor, ThreatModel]:
-    """Images (B, C, *patch), targets (B, 1 or R, *patch) and what an attacker may do to them at a level."""
-    loaded = [(cases.load(sample.case), sample.place) for sample in batch]
-
-    def stack(pick: Callable[[Case], Tensor]) -> Tensor:
-        return torch.stack([cases.patch(pick(case), place) for case, place in loaded]).to(device)
-
-    images, targets, fixed = stack(lambda c: c.image), stack(lambda c: c.target), stack(lambda c: c.fixed)
-    low, high = (torch.stack([getattr(case, end) for case, _ in loaded]).to(device) for end in ("low", "high"))
-    return images, targets, protocol.threat(level or Level("0", 0.0), images, low, high, fixed)
-
-
 class _Attacked(NamedTuple):
     """A sample after an attack: its score, its perturbed tile (C, *patch), and how to show it."""
 
@@ -227,6 +219,9 @@ class Runner:
         self.evaluation, self.cases, self.selection, self.records = evaluation, cases, selection, records
         self.model = evaluation.model
         self.case_level = CaseLevel(cases, evaluation.device) if evaluation.case_level else None
+        self.end_to_end: EndToEndAttack | None = None
+        if self.case_level is not None and evaluation.end_to_end != "off":
+            self.end_to_end = EndToEndAttack(evaluation, self.case_level)
         # nnU-Net's predictor lets cuDNN choose kernels by timing them; a result must not depend on that.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
@@ -246,7 +241,7 @@ class Runner:
         self, choice: AttackChoice | None, condition: Condition, samples: Sequence[Sample], bar: tqdm[None]
     ) -> None:
         """Attack these samples, and score the cases that are finished with them."""
-        self._score_finished(condition, self._samples_of)
+        self._score_finished(choice, condition, self._samples_of, bar)
         while samples:
             batch, samples = samples[: self.batch_size], samples[self.batch_size :]
             done = self._with_enough_memory(choice, condition, batch)
@@ -258,7 +253,7 @@ class Runner:
                 self.records.keep_worst(condition, [one.example for one in done], [one.score for one in done])
             self.records.add_samples(condition, [one.score for one in done])
             bar.update(len(batch))
-            self._score_finished(condition, dict.fromkeys(sample.case for sample in batch))
+            self._score_finished(choice, condition, dict.fromkeys(sample.case for sample in batch), bar)
 
     def check(self) -> None:
         """Does the network mislead attacks? Asked of the samples that it segments best."""
@@ -274,15 +269,22 @@ class Runner:
         evaluation = self.evaluation
         images, targets, threat = load_batch(self.cases, samples, evaluation.protocol, None, evaluation.device)
         network, criterion = self.model.network, evaluation.criterion
+        self.records.add_findings(
+            self._in_smaller_passes(
+                lambda chunk: check_network(network, images, targets, threat, criterion, evaluation.seed, chunk)
+            )
+        )
+
+    def _in_smaller_passes(self, call: Callable[[int], _T]) -> _T:
+        """What ``call`` answers, given how many samples may go through the network at once; fewer, if it must be."""
         while True:
             try:
-                found = check_network(network, images, targets, threat, criterion, evaluation.seed, self.chunk)
-                break
+                return call(self.chunk)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.chunk == 1:
                     raise
+            # Not in the handler: its traceback holds on to what fills the memory.
             self._use_less_memory(self.batch_size)
-        self.records.add_findings(found)
 
     def _with_enough_memory(
         self, choice: AttackChoice | None, condition: Condition, batch: Sequence[Sample]
@@ -390,7 +392,7 @@ class Runner:
         key = _key(sample)
         if key not in self.records.samples[condition]:
             return False
-        if not self._needs_tile(condition, sample) or sample.case in self.records.cases[condition]:
+        if not self._needs_tile(condition, sample) or self._is_scored(condition, sample.case):
             return True
         return self.records.load_tile(condition, key) is not None
 
@@ -400,27 +402,54 @@ class Runner:
             self.case_level is not None and condition.level is not None and sample.case in self.selection.complete_cases
         )
 
-    def _score_finished(self, condition: Condition, names: Iterable[str]) -> None:
-        """Score those of the named cases all of whose samples are done."""
+    def _is_scored(self, condition: Condition, name: str) -> bool:
+        """Whether everything about a case is noted."""
+        whole = self.end_to_end is None or condition.level is None or name in self.records.end_to_end[condition]
+        return whole and name in self.records.cases[condition]
+
+    def _score_finished(
+        self, choice: AttackChoice | None, condition: Condition, names: Iterable[str], bar: tqdm[None]
+    ) -> None:
+        """Score, and attack as a whole, those of the named cases all of whose samples are done."""
         if self.case_level is None:
             return
-        scored, done = self.records.cases[condition], self.records.samples[condition]
+        done = self.records.samples[condition]
         for name in names:
             mine = self._samples_of[name]
-            if name in scored or name not in self.selection.complete_cases:
+            if self._is_scored(condition, name) or name not in self.selection.complete_cases:
                 continue
             tiles = [self.records.load_tile(condition, _key(sample)) for sample in mine if condition.level]
             if all(_key(sample) in done for sample in mine) and all(tile is not None for tile in tiles):
                 places = [sample.place for sample in mine]
                 found = [(place, tile) for place, tile in zip(places, tiles, strict=False) if tile is not None]
-                self.records.add_case(condition, name, self._case_score(condition, name, found))
+                volume = self._volume(condition, name, found)
+                score = self.case_level.score(self.cases.load(name), volume)
+                if self.end_to_end and choice and name not in self.records.end_to_end[condition]:
+                    bar.set_postfix_str(f"{name} end to end")
+                    whole = self._attack_whole(self.end_to_end, choice, condition, name, places, volume, score)
+                    self.records.add_end_to_end(condition, name, whole)
+                    bar.set_postfix_str("")
+                # Last: with it the tiles go.
+                self.records.add_case(condition, name, score)
 
-    def _case_score(self, condition: Condition, name: str, tiles: Sequence[tuple[Place, Tensor]]) -> CaseScore:
+    def _volume(self, condition: Condition, name: str, tiles: Sequence[tuple[Place, Tensor]]) -> Tensor:
+        """A case under a condition, from its perturbed tiles."""
         assert self.case_level is not None
         case = self.cases.load(name)
         if condition.attack == CLEAN:
-            return self.case_level.score(case, case.image)
-        return self.case_level.score(case, self.evaluation.protocol.clamp(self.case_level.merge(case, tiles)))
+            return case.image
+        return self.evaluation.protocol.clamp(self.case_level.merge(case, tiles))
+
+    def _attack_whole(
+        self, attack: EndToEndAttack, choice: AttackChoice, condition: Condition, name: str,
+        places: Sequence[Place], volume: Tensor, score: CaseScore,
+    ) -> EndToEndScore:  # fmt: skip
+        """Attack a case through the sliding window; ``volume`` and ``score`` are what its samples' attacks make."""
+        assert condition.level is not None
+        level = condition.level
+        before = Condition(CLAMP if self.evaluation.protocol.name == "paper" else CLEAN, None)
+        carried = Carried(self.cases.load(name), places, volume, self.records.cases[before][name], score)
+        return self._in_smaller_passes(lambda chunk: attack(choice, level, carried, chunk))
 
 
 def _key(sample: Sample) -> SampleKey:

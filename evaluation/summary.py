@@ -17,6 +17,7 @@ from nnunet_ima.evaluation.identity import digest, sealed
 from nnunet_ima.evaluation.metrics import (
     SURFACE_TOLERANCE_MM,
     Array,
+    CaseScore,
     adi,
     mean_case_dice,
     mean_hd95,
@@ -25,6 +26,7 @@ from nnunet_ima.evaluation.metrics import (
     tvdi,
 )
 from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, KEPT, Outcome, unperturbed
+from nnunet_ima.evaluation.survival import end_to_end_figures, end_to_end_lines
 from nnunet_ima.evaluation.trust import check
 from nnunet_ima.files import write_text
 
@@ -47,9 +49,12 @@ def summarise(head: Mapping[str, Any], outcomes: Sequence[Outcome], smallest_chu
         summary["samples_in_a_pass_reduced_to"] = smallest_chunk
     if CLAMP in by_name:
         summary["clamp_only"] = _figures(by_name[CLAMP], threshold)
-    summary["results"] = [_result(outcome, threshold) for outcome in attacked]
+    before = unperturbed(outcomes)
+    summary["results"] = [
+        {**_result(outcome, threshold), **end_to_end_figures(before, outcome)} for outcome in attacked
+    ]
     found = [finding._asdict() for finding in by_name[CLEAN].findings]
-    summary["trust"] = found + check(unperturbed(outcomes), attacked)
+    summary["trust"] = found + check(before, attacked)
     summary["trusted"] = all(item["passed"] for item in summary["trust"])
     plain: dict[str, Any] = _plain(summary)
     return plain
@@ -61,6 +66,8 @@ def write_all(folder: Path, outcomes: Sequence[Outcome], summary: Mapping[str, A
     tables = {"samples.csv": _samples_csv(outcomes, regions), "cases.csv": _cases_csv(outcomes, regions)}
     if any(members_of(outcome) for outcome in outcomes):
         tables["members.csv"] = _members_csv(outcomes, regions)
+    if "end_to_end" in summary:
+        tables["end_to_end.csv"] = _end_to_end_csv(outcomes, regions)
     for name, text in tables.items():
         write_text(folder / name, text)
     write_text(folder / "table.md", markdown_table(summary))
@@ -91,6 +98,7 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
     if averages:
         lines += ["", "Mean TVDI over clean and all levels (Table 3's Avg):", ""]
         lines += [f"- {attack}: {_percent(value)}" for attack, value in averages.items()]
+    lines += end_to_end_lines(summary, summary.get("clamp_only", summary["clean"]))
     lines += _ensembles(summary)
     if not summary["trusted"]:
         lines += ["", "**These figures are not to be trusted: a check failed.**"]
@@ -200,15 +208,35 @@ def _members_csv(outcomes: Sequence[Outcome], regions: Sequence[str]) -> str:
 
 
 def _cases_csv(outcomes: Sequence[Outcome], regions: Sequence[str]) -> str:
-    kinds = ("dice", "hd95_mm", f"surface_dice_{SURFACE_TOLERANCE_MM:g}mm")
-    header = ["attack", "level", "case", *(f"{kind}_{region}" for kind in kinds for region in regions)]
     rows = [
-        [outcome.attack, outcome.level.text if outcome.level else "0", name,
-         *("" if math.isnan(value) else f"{value:.6f}" for value in (*score.dice, *score.hd95, *score.surface_dice))]
+        [outcome.attack, outcome.level.text if outcome.level else "0", name, *_case_cells(score)]
         for outcome in outcomes
         for name, score in sorted(outcome.cases.items())
+    ]
+    return _csv(["attack", "level", "case", *_case_head(regions)], rows)
+
+
+def _end_to_end_csv(outcomes: Sequence[Outcome], regions: Sequence[str]) -> str:
+    more = ["found_by", "norm", "norm_carried_over", "forward_passes", "backward_passes"]
+    rows = [
+        [outcome.attack, outcome.level.text, name, *_case_cells(one.score), one.found_by,
+         *(f"{norm:.6g}" for norm in (one.norm, one.carried_norm)),
+         one.forward_passes, one.backward_passes]
+        for outcome in outcomes
+        if outcome.level is not None
+        for name, one in sorted(outcome.end_to_end.items())
     ]  # fmt: skip
-    return _csv(header, rows)
+    return _csv(["attack", "level", "case", *_case_head(regions), *more], rows)
+
+
+def _case_head(regions: Sequence[str]) -> list[str]:
+    kinds = ("dice", "hd95_mm", f"surface_dice_{SURFACE_TOLERANCE_MM:g}mm")
+    return [f"{kind}_{region}" for kind in kinds for region in regions]
+
+
+def _case_cells(score: CaseScore) -> list[str]:
+    values = (*score.dice, *score.hd95, *score.surface_dice)
+    return ["" if math.isnan(value) else f"{value:.6f}" for value in values]
 
 
 def _count_names(regions: Sequence[str]) -> list[str]:

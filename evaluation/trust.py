@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from nnunet_ima.evaluation.metrics import adi
+from nnunet_ima.evaluation.metrics import adi, mean_case_dice, nan_mean
 from nnunet_ima.evaluation.outcomes import Outcome
 from nnunet_ima.evaluation.protocols import Level
 
@@ -29,11 +29,14 @@ def check(unperturbed: Outcome, attacked: Sequence[Outcome]) -> list[dict[str, A
         unperturbed: the clean outcome; under the ``paper`` protocol the clamped one.
         attacked: the outcomes of attacks.
     """
+    whole = [outcome for outcome in attacked if outcome.end_to_end]
     return [
         *_never_helps(unperturbed, attacked),
-        *_noise_is_weaker(attacked),
+        *_noise_is_weaker(attacked, _adi, "gradients_beat_noise", ""),
         *_black_box_is_weaker(attacked),
         *_more_is_worse(attacked),
+        *_end_to_end_is_no_weaker(unperturbed, whole),
+        *_noise_is_weaker(whole, _whole, "end_to_end_gradients_beat_noise", " on whole cases"),
     ]
 
 
@@ -55,19 +58,21 @@ def _never_helps(unperturbed: Outcome, attacked: Sequence[Outcome]) -> list[dict
     ]
 
 
-def _noise_is_weaker(attacked: Sequence[Outcome]) -> list[dict[str, Any]]:
-    noise = {outcome.level: _adi(outcome) for outcome in attacked if _kind(outcome) == WHITE_NOISE}
+def _noise_is_weaker(
+    attacked: Sequence[Outcome], dice: Callable[[Outcome], float], name: str, where: str
+) -> list[dict[str, Any]]:
+    noise = {outcome.level: dice(outcome) for outcome in attacked if _kind(outcome) == WHITE_NOISE}
     strong = [o for o in attacked if _kind(o) not in (WHITE_NOISE, *WEAK) and not _content_with_wrong(o)]
-    beaten = [_name(o) for o in strong if o.level in noise and _adi(o) > noise[o.level] + SLACK]
+    beaten = [_name(o) for o in strong if o.level in noise and dice(o) > noise[o.level] + SLACK]
     if not noise or not strong:
         return []
     return [
         _item(
-            "gradients_beat_noise",
+            name,
             not beaten,
-            "every attack that goes for the lowest Dice is at least as strong as white noise of the same level",
-            f"white noise is stronger than {', '.join(beaten)}: the gradients are of no use to the attack, so the "
-            f"robustness shown is not real",
+            f"every attack that goes for the lowest Dice is at least as strong as white noise of the same level{where}",
+            f"white noise is stronger than {', '.join(beaten)}{where}: the gradients are of no use to the attack, so "
+            f"the robustness shown is not real",
         )
     ]
 
@@ -136,6 +141,32 @@ def _more_is_worse(attacked: Sequence[Outcome]) -> list[dict[str, Any]]:
             f"{', '.join(rising)} gets weaker at a larger level: give it more steps or restarts",
         )
     ]
+
+
+def _end_to_end_is_no_weaker(unperturbed: Outcome, attacked: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """A case keeps no more under an attack on the whole case than under what is carried over, or under none."""
+    weaker = [
+        _name(outcome)
+        for outcome in attacked
+        for name, found in outcome.end_to_end.items()
+        for other in (outcome.cases[name], unperturbed.cases[name])
+        if nan_mean(found.score.dice) > nan_mean(other.dice) + 1e-6
+    ]
+    if not attacked:
+        return []
+    return [
+        _item(
+            "end_to_end_is_no_weaker",
+            not weaker,
+            "no case keeps more Dice end to end than under the perturbation that is carried over",
+            f"a case keeps more Dice end to end than without, under {', '.join(dict.fromkeys(weaker))}",
+        )
+    ]
+
+
+def _whole(outcome: Outcome) -> float:
+    """Dice of whole cases, end to end."""
+    return mean_case_dice([found.score for found in outcome.end_to_end.values()])
 
 
 def _adi(outcome: Outcome) -> float:

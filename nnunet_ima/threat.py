@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nnunet_ima.lp import NORMS, Norm, lp_norm, per_sample, project_ball
+from nnunet_ima.lp import (
+    NORMS,
+    Generators,
+    Norm,
+    lp_norm,
+    per_sample,
+    project_ball,
+    random_in_ball,
+    random_on_sphere,
+    steepest_direction,
+)
 
 Bound = float | Tensor
 
@@ -85,10 +95,19 @@ class ThreatModel:
         low, high = self.bounds(images)
         slack = tolerance * max(1.0, float(images.abs().max()) if images.numel() else 1.0)
         in_range = ((perturbed >= low - slack) & (perturbed <= high + slack)).flatten(1).all(1)
-        delta = self._smallest_delta(perturbed, images)
-        if self.norm == "linf":
-            return in_range & (delta.abs() <= self.radius(images) + slack).flatten(1).all(1)
-        return in_range & (lp_norm(delta, "l2") <= self.radius(images).flatten() + slack)
+        return in_range & self._is_small(self._smallest_delta(perturbed, images), images, slack)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """Direction of unit norm in which the loss rises fastest, as ``gradient`` (B, C, *spatial)."""
+        return steepest_direction(gradient, self.norm)
+
+    def draw_in_ball(self, images: Tensor, generators: Generators) -> Tensor:
+        """Random perturbations within the ball, not yet in the range: see :func:`~nnunet_ima.lp.random_in_ball`."""
+        return random_in_ball(images, self.norm, self.radius(images), generators, self.perturbable(images))
+
+    def draw_on_sphere(self, images: Tensor, generators: Generators) -> Tensor:
+        """Random perturbations of norm ε, not yet in the range: see :func:`~nnunet_ima.lp.random_on_sphere`."""
+        return random_on_sphere(images, self.norm, self.radius(images), generators, self.perturbable(images))
 
     def perturbable(self, images: Tensor) -> Tensor:
         """True where a voxel may change at all, broadcastable to ``images``."""
@@ -107,6 +126,12 @@ class ThreatModel:
     def with_epsilon(self, epsilon: Bound) -> ThreatModel:
         """The same norm and range with another radius."""
         return replace(self, epsilon=epsilon)
+
+    def _is_small(self, delta: Tensor, images: Tensor, slack: float) -> Tensor:
+        """Whether a perturbation of each of ``images`` is in the ball, or no more than ``slack`` outside, (B,)."""
+        if self.norm == "linf":
+            return (delta.abs() <= self.radius(images) + slack).flatten(1).all(1)
+        return lp_norm(delta, "l2") <= self.radius(images).flatten() + slack
 
     def _smallest_delta(self, perturbed: Tensor, images: Tensor) -> Tensor:
         low, high = self.bounds(images)

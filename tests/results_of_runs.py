@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.identity import digest, write_identity
 from nnunet_ima.evaluation.merge import merge
 from nnunet_ima.evaluation.metrics import CaseScore
-from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, MemberScore, SampleKey, SampleScore
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, EndToEndScore, MemberScore, SampleKey, SampleScore
 from nnunet_ima.evaluation.protocols import Protocol, parse_level
 from nnunet_ima.evaluation.records import Records, part_folder
 
@@ -29,6 +30,7 @@ def make_run(
     margins: Mapping[str, list[float]] | None = None, whole_cases: bool = True, trained_on: bool = False,
     further: Mapping[str, Mapping[str, float]] | None = None, patch: tuple[int, ...] = (24, 20),
     clamped: float | None = None, members: Mapping[str, Mapping[str, float]] | None = None,
+    end_to_end: float | None = None,
 ) -> Path:  # fmt: skip
     """A run whose samples' Dice scatter around the given ones.
 
@@ -39,6 +41,7 @@ def make_run(
         further: attacks by name, with the same levels.
         clamped: under the protocol paper, without attack.
         members: of an ensemble, by name, with the same levels; the ensemble keeps the lowest Dice of each sample.
+        end_to_end: what the cases lose more when they are attacked as a whole.
         jitter: 0, or the seed of a few voxels that fall out differently.
     """
     attacked = attacked or {"2": 0.8, "8": 0.5}
@@ -55,9 +58,13 @@ def make_run(
     identity = {
         "model": model, "protocol": protocol, "norm": norm, "levels": list(attacked), "attacks": list(by_attack),
         "case level": whole_cases, "cases": names,
+        **({} if end_to_end is None else {"end to end": "window"}),
     }  # fmt: skip
+    head = _head(model, Protocol(protocol, norm), classes, margins or {}, trained_on, patch)
+    if end_to_end is not None:
+        head["end_to_end"] = {"mirrored_axes": [0, 1], "mirroring_known_to_the_attack": False}
     folder.mkdir(parents=True)
-    write_identity(folder, identity, _head(model, Protocol(protocol, norm), classes, margins or {}, trained_on, patch))
+    write_identity(folder, identity, head)
     records = Records(part_folder(folder, 1, 0), conditions, digest(identity))
     with records.writing():
         records.plan({name: list(range(tiles)) for name in names}, names, {})
@@ -79,7 +86,11 @@ def make_run(
             for name in names if whole_cases else ():
                 dice = tuple(float(np.clip(wanted + 0.01 * number, 0, 1)) for number in range(len(classes)))
                 surface = tuple(min(1.0, value + 0.05) for value in dice)
-                records.add_case(condition, name, CaseScore(dice, tuple(5 - 4 * value for value in dice), surface))
+                score = CaseScore(dice, tuple(5 - 4 * value for value in dice), surface)
+                if end_to_end is not None and condition.level is not None:
+                    lower = replace(score, dice=tuple(value - end_to_end for value in dice))
+                    records.add_end_to_end(condition, name, EndToEndScore(lower, "end-to-end", 5.0, 5.0, 9, 8))
+                records.add_case(condition, name, score)
         records.add_findings([Finding("same_output_twice", True, "the network gives the same output twice")])
     # The pictures take seconds, and are tested elsewhere.
     drawn = "nnunet_ima.evaluation.merge.draw_"

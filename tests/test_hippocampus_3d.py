@@ -107,10 +107,11 @@ class AsRegions(nn.Module):
 @pytest.fixture(scope="module")
 def patch(scans: Project) -> Problem:
     """The network and one real patch of a validation case."""
+    from nnunet_ima.evaluation.batch import load_batch
     from nnunet_ima.evaluation.cases import ValidationCases
     from nnunet_ima.evaluation.models import load_model
     from nnunet_ima.evaluation.protocols import Protocol
-    from nnunet_ima.evaluation.run import load_batch, select_samples
+    from nnunet_ima.evaluation.run import select_samples
 
     model = load_model(scans.model("nnUNetTrainerSTD", "3d_tiny"), 0, "checkpoint_final.pth", torch.device("cpu"))
     cases = ValidationCases(model)

@@ -462,3 +462,37 @@ def test_text_can_be_read_in_light_and_dark(tab, scheme):
 def test_it_prints(tab, tmp_path):
     tab.pdf(path=str(tmp_path / "report.pdf"))
     assert (tmp_path / "report.pdf").stat().st_size > 20_000
+
+
+def test_a_run_that_attacked_whole_cases_says_how_much_survives(tmp_path):
+    """Of whole cases that lose 20 points more than what is carried over."""
+    folder = make_run(
+        tmp_path / "run", clean=0.9, attacked={"5": 0.7, "10": 0.5}, noise={"5": 0.9, "10": 0.9}, end_to_end=0.2
+    )
+    results = read_results(folder)
+    whole = results.figures((ATTACK, "10"))["end_to_end"]
+    lost = whole["samples_dice_unperturbed"] - whole["samples_dice"]
+    assert lost == pytest.approx(0.4, abs=0.05)
+    assert whole["survives_carried_over"] == pytest.approx(0.4 / lost)
+    assert whole["survives_end_to_end"] == pytest.approx(0.6 / lost)
+    # Of an attack that takes nothing there is no share.
+    assert results.figures((NOISE, "10"))["end_to_end"]["survives_end_to_end"] is None
+    page = write_report([folder], tmp_path / "out")
+    shown = Text(page.read_text(encoding="utf-8"))
+    level = "5"  # that of the sentence
+    told = results.figures((ATTACK, level))["end_to_end"]
+    words = " ".join(" ".join(shown.shown).split())
+    assert (
+        f"whole cases lose {100 * told['survives_carried_over']:.0f} % when the perturbation is carried over, and "
+        f"{100 * told['survives_end_to_end']:.0f} % when the attack goes through nnU-Net's sliding window" in words
+    )
+    tables = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    (row,) = (line for line in tables.splitlines() if f"| {ATTACK} | 10 | no |" in line and line.count("|") == 12)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[6] == f"{100 * whole['case_dice']:.1f}"
+    assert cells[8] == f"{100 * whole['survives_end_to_end']:.1f}"
+
+
+def test_without_such_an_attack_nothing_is_said_of_it(runs, page):
+    assert "with no more in any window" not in (page.parent / "tables.md").read_text(encoding="utf-8")
+    assert "whole cases lose" not in page.read_text(encoding="utf-8")

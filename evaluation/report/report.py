@@ -24,6 +24,7 @@ from nnunet_ima.evaluation.report.tables import (
     case_table,
     class_table,
     difference_table,
+    end_to_end_table,
     further_table,
     published_table,
     robustness_table,
@@ -107,6 +108,7 @@ def _tables(setting: Setting) -> list[Table]:
         published_table(setting),
         class_table(setting),
         further_table(setting),
+        end_to_end_table(setting),
         case_table(setting),
     ]
     return [table for table in made if table is not None]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
+from typing import Any
 
 from nnunet_ima.evaluation.report.figures import NOISE, Setting, tvdi
 from nnunet_ima.evaluation.results import UNTOUCHED, Results
@@ -106,7 +107,7 @@ def about(setting: Setting, run: Results) -> str:
     noise = next((attack for attack in setting.attacks if attack.startswith(NOISE)), None)
     if noise is not None:
         sentence += f"; plain noise of the same size leaves {100 * tvdi(run, (noise, level)):.1f} %"
-    return sentence + "."
+    return sentence + "." + _end_to_end(figures)
 
 
 def warnings(run: Results) -> Iterator[str]:
@@ -132,6 +133,18 @@ def points(difference: Difference) -> str:
     text = f"{100 * abs(interval.value):.1f} points"
     ends = (interval.low, interval.high) if interval.value >= 0 else (-interval.high, -interval.low)
     return f"{text} ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if interval.known else text
+
+
+def _end_to_end(figures: Mapping[str, Any]) -> str:
+    """What whole cases lose of what an attack takes from samples; empty if that was not asked, or cannot be told."""
+    whole = figures.get("end_to_end")
+    if whole is None or whole["survives_end_to_end"] is None:
+        return ""
+    return (
+        f" Of the Dice that this takes from the samples, whole cases lose {100 * whole['survives_carried_over']:.0f} % "
+        f"when the perturbation is carried over, and {100 * whole['survives_end_to_end']:.0f} % when the attack goes "
+        f"through nnU-Net's sliding window."
+    )
 
 
 def _no_winner(setting: Setting, best: Results, other: Results, order: Order) -> str:

@@ -127,6 +127,34 @@ def further_table(setting: Setting) -> Table:
     return Table(f"All figures: {setting.name}", head, rows, note, names=3)
 
 
+def end_to_end_table(setting: Setting) -> Table | None:
+    """Whole cases: what is carried over from the samples beside an attack through the sliding window."""
+    head = ["model", "attack", "level", "mirroring known", "samples' Dice", "case Dice, carried over", "end to end"]
+    head += ["survives, carried over", "survives, end to end", "HD95 (mm)", "surface Dice"]
+    rows = []
+    for run in setting.runs:
+        for item in run.attacked:
+            if "end_to_end" not in item:
+                continue
+            whole, about = item["end_to_end"], run.summary["end_to_end"]
+            shares = (
+                whole["samples_dice"], item["case_dice"], whole["case_dice"], whole["survives_carried_over"],
+                whole["survives_end_to_end"],
+            )  # fmt: skip
+            rows.append([
+                Cell(run.title), Cell(str(item["attack"])), Cell(str(item["level"])),
+                Cell("yes" if about["mirroring_known_to_the_attack"] else "no" if about["mirrored_axes"] else "none"),
+                *(_dice(_number(share)) for share in shares), _plain(whole["hd95"], ".1f"),
+                _dice(_number(whole["surface_dice"])),
+            ])  # fmt: skip
+    note = (
+        "Dice and shares in %. Carried over: the perturbed samples put together. End to end: gradients through "
+        "nnU-Net's sliding window, with no more in any window than the samples; HD95 and surface Dice are "
+        "of this. Survives: the share of the Dice lost by the samples of a case that the case loses too."
+    )
+    return Table(f"Whole cases, end to end: {setting.name}", head, rows, note, names=4) if rows else None
+
+
 def case_table(setting: Setting) -> Table | None:
     """Every case: Dice clean and at the telling level, for each model; with distances where there is a case level."""
     level = setting.telling_level

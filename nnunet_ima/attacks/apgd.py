@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnunet_ima.attacks.attack import Attack
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
-from nnunet_ima.lp import per_sample, random_on_sphere, steepest_direction
+from nnunet_ima.lp import per_sample
 from nnunet_ima.seeds import sample_generators
 from nnunet_ima.threat import ThreatModel
 
@@ -31,7 +31,8 @@ class APGD(Attack):
 
     Attributes:
         steps: N_iter of the paper.
-        restarts: random starts on the surface of the ball; more are never weaker.
+        restarts: random starts on the surface of the ball, the first one at ``start`` if there is one; more are never
+            weaker.
         schedule: ``constant``, or ``shrinking``, which is that of SEA (https://arxiv.org/abs/2306.12941, "red-ε"): 30 %
             of the steps in a ball of 2ε, 30 % in one of 1.5ε, and the rest in that of ε, each part a run of Algorithm 1
             from where the part before found the lowest Dice. What is outside the ball of ε earns nothing.
@@ -56,6 +57,11 @@ class APGD(Attack):
         """See :attr:`Attack.repeats`."""
         return self.eot
 
+    @property
+    def takes_windows(self) -> bool:
+        """See :attr:`Attack.takes_windows`."""
+        return True
+
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
         for restart in range(self.restarts):
@@ -65,12 +71,11 @@ class APGD(Attack):
             generators = sample_generators(images[active], self.seed, self.name, restart)
             threat, clean = self.threat.select(active), images[active]
             done = 0
-            point = None
+            point = None if self.start is None or restart else self.start[active]
             for factor, steps in self._parts():
                 ball = threat if factor == 1 else threat.with_epsilon(factor * torch.as_tensor(threat.epsilon))
                 if point is None:
-                    where = threat.perturbable(clean)
-                    point = clean + random_on_sphere(clean, threat.norm, ball.radius(clean), generators, where)
+                    point = clean + ball.draw_on_sphere(clean, generators)
                 found = best if factor == 1 else BestSoFar(images)
                 climb = _Climb(ball, clean, ball.project(point, clean), active)
                 self._climb(oracle.under(best=found), climb, found, done, steps)
@@ -147,7 +152,7 @@ class _Climb:
     def move(self, first_step: bool) -> None:
         """One step with momentum (Eq. 4, 5): z = Π(x + η h(g)); x' = Π(x + α (z − x) + (1 − α)(x − previous))."""
         gradient = torch.where(self.threat.perturbable(self.images), self.gradient, torch.zeros_like(self.gradient))
-        direction = steepest_direction(gradient, self.threat.norm)
+        direction = self.threat.steepest(gradient)
         length = per_sample(self.step, self.point) * self.threat.radius(self.images)
         target = self.threat.project(self.point + length * direction, self.images)
         if not first_step:

@@ -33,6 +33,11 @@ class TargetedAPGD(Attack):
     targets: int = 9
     restarts: int = 1
 
+    @property
+    def takes_windows(self) -> bool:
+        """See :attr:`Attack.takes_windows`."""
+        return True
+
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
         active = self.worth_attacking(best)
@@ -40,7 +45,10 @@ class TargetedAPGD(Attack):
             return
         labels = self.criterion.labels
         ranking = rank_other_classes(oracle, self.threat.project(images, images), active, labels)
-        apgd = APGD(self.threat, self.criterion, None, self.mode, self.seed, steps=self.steps, restarts=self.restarts)
+        apgd = APGD(
+            self.threat, self.criterion, None, self.mode, self.seed, start=self.start, steps=self.steps,
+            restarts=self.restarts,
+        )  # fmt: skip
         for rank in range(min(self.targets, ranking.shape[1])):
             towards = oracle.under(TargetedDLR(labels), beside=ranking[:, rank : rank + 1])
             replace(apgd, seed=self.seed + rank).run(towards, images, best)

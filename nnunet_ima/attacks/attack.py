@@ -64,6 +64,8 @@ class Attack(ABC):
         autocast: makes the context in which the network runs (mixed precision).
         graphs: on CUDA, answers by replay; see :class:`~nnunet_ima.attacks.graphs.CudaGraphs`. It outlives the attack,
             so that the next batch finds everything captured.
+        start: (B, C, *spatial), where PGD and APGD begin their first run instead of where they do by themselves; other
+            attacks have no use for it.
     """
 
     name: ClassVar[str]
@@ -81,6 +83,7 @@ class Attack(ABC):
     chunk: int | None = None
     autocast: Autocast = nullcontext
     graphs: CudaGraphs | None = field(default=None, compare=False, repr=False)
+    start: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -155,6 +158,11 @@ class Attack(ABC):
     def repeats(self) -> int:
         """Passes over which each answer of the network is averaged; one, if it draws no random numbers."""
         return 1
+
+    @property
+    def takes_windows(self) -> bool:
+        """Whether all it knows of the ball comes from the threat model, so that this may be a ``WindowThreat``."""
+        return False
 
     def loss_function(self) -> LossFunction:
         """What is ascended."""

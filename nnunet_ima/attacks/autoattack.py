@@ -98,6 +98,11 @@ class AutoAttack(Attack):
         """See :meth:`Attack.run`."""
         self._run_members(oracle, images, best)
 
+    @property
+    def takes_windows(self) -> bool:
+        """See :attr:`Attack.takes_windows`."""
+        return all(member.takes_windows for member in self.chosen_members().values())
+
     def chosen_members(self) -> dict[str, Attack]:
         """The members, with what they share."""
         shared: dict[str, Any] = {

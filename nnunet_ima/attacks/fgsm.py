@@ -18,6 +18,11 @@ class FGSM(Attack):
 
     name: ClassVar[str] = "fgsm"
 
+    @property
+    def takes_windows(self) -> bool:
+        """See :attr:`Attack.takes_windows`."""
+        return True
+
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
         active = self.worth_attacking(best)

@@ -19,6 +19,11 @@ class IFGSM(Attack):
     name: ClassVar[str] = "ifgsm"
     steps: int = 10
 
+    @property
+    def takes_windows(self) -> bool:
+        """See :attr:`Attack.takes_windows`."""
+        return True
+
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
         pgd = PGD(self.threat, self.criterion, mode=self.mode, steps=self.steps, step_size=1 / max(1, self.steps))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nnunet_ima.attacks.attack import Attack
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
-from nnunet_ima.lp import random_in_ball, steepest_direction
 from nnunet_ima.seeds import sample_generators
 from nnunet_ima.threat import ThreatModel
 
@@ -21,7 +20,7 @@ class PGD(Attack):
 
     Attributes:
         steps: gradient steps of each restart.
-        restarts: random starts within the ball; the first restart starts at the clean image.
+        restarts: random starts within the ball; the first restart starts at the clean image, or at ``start``.
         step_size: length of a step as a share of ε. It does not depend on ``steps``, so that more steps go on where
             fewer stopped and are never weaker. The papers' 4ε/K is ``step_size=4 / steps``.
     """
@@ -30,6 +29,11 @@ class PGD(Attack):
     steps: int = 40
     restarts: int = 1
     step_size: float = 0.1
+
+    @property
+    def takes_windows(self) -> bool:
+        """See :attr:`Attack.takes_windows`."""
+        return True
 
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
@@ -41,11 +45,10 @@ class PGD(Attack):
 
     def _restart(self, oracle: Oracle, images: Tensor, index: Tensor, best: BestSoFar, restart: int) -> None:
         threat = self.threat.select(index)
-        perturbed = threat.project(images, images)
+        perturbed = threat.project(images if self.start is None else self.start[index], images)
         if restart:
             generators = sample_generators(images, self.seed, self.name, restart)
-            noise = random_in_ball(images, threat.norm, threat.radius(images), generators, threat.perturbable(images))
-            perturbed = threat.project(images + noise, images)
+            perturbed = threat.project(images + threat.draw_in_ball(images, generators), images)
         for step in range(self.steps):
             gradient = oracle.ascent(perturbed, index, progress=step / self.steps).gradient
             stays = self.unfinished(best.dice[index]).nonzero()[:, 0]
@@ -62,7 +65,7 @@ def ascend(threat: ThreatModel, perturbed: Tensor, images: Tensor, gradient: Ten
     Voxels that may not change take no part in the direction: they would only shorten the step of the others.
     """
     gradient = torch.where(threat.perturbable(images), gradient, torch.zeros_like(gradient))
-    step = step_size * threat.radius(images) * steepest_direction(gradient, threat.norm)
+    step = step_size * threat.radius(images) * threat.steepest(gradient)
     return threat.project(perturbed + step, images)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nnunet_ima.attacks.attack import Attack
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
-from nnunet_ima.lp import draw_uniform, steepest_direction
+from nnunet_ima.lp import draw_uniform
 from nnunet_ima.seeds import sample_generators
 
 
@@ -24,6 +24,11 @@ class WhiteNoise(Attack):
     climbs: ClassVar[bool] = False
     draws: int = 100
 
+    @property
+    def takes_windows(self) -> bool:
+        """See :attr:`Attack.takes_windows`."""
+        return True
+
     def run(self, oracle: Oracle, images: Tensor, best: BestSoFar) -> None:
         """See :meth:`Attack.run`."""
         generators = sample_generators(images, self.seed, self.name)
@@ -31,7 +36,7 @@ class WhiteNoise(Attack):
         for _ in range(self.draws):
             noise = (2 * draw_uniform(images, generators) - 1) * where
             if self.threat.norm == "l2":
-                noise = steepest_direction(noise, "l2")
+                noise = self.threat.steepest(noise)
             active = self.worth_attacking(best)
             if not len(active):
                 return
