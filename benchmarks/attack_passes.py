@@ -28,11 +28,12 @@ from nnunet_ima.attacks.graphs import CudaGraphs
 from nnunet_ima.attacks.oracle import Oracle, undisturbed
 from nnunet_ima.attacks.pgd import climb
 from nnunet_ima.dice import DiceCriterion
+from nnunet_ima.evaluation.batch import load_batch
 from nnunet_ima.evaluation.cases import ValidationCases
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.models import load_model
 from nnunet_ima.evaluation.protocols import Protocol, parse_level
-from nnunet_ima.evaluation.run import load_batch, select_samples
+from nnunet_ima.evaluation.run import select_samples
 from nnunet_ima.files import write_text
 from nnunet_ima.losses import SegmentationLoss
 from nnunet_ima.precision import Autocast, use_exact_convolutions
