@@ -581,7 +581,8 @@ def test_all_levels_published_give_a_published_mean(tmp_path):
 def test_sat_of_the_earlier_version_is_the_one_with_the_same_noise(tmp_path):
     attacked = {"5": 0.7, "10": 0.6}
     summary = summary_of(tmp_path / "run", attacked=attacked, further={PGD100: attacked})
-    row = table.rows_of(4, "SAT", 15.0, summary)[-1]
+    other, row = table.rows_of(4, "SAT", 15.0, summary)
+    assert (other.attack, other.published) == ("apgd:steps=4", {})
     assert dict(row.published) == {"clean": 79.89, "5": 69.56, "10": 50.67, "mean": pytest.approx(200.12 / 3)}
     assert "100 steps" in row.source
     assert table.rows_of(4, "SAT", 20.0, summary)[-1].published == {}
