@@ -13,8 +13,6 @@ from fnmatch import fnmatch
 import pytest
 from shown import ROOT
 
-from nnunet_ima.evaluation.environment import trainers_folder
-
 Instructions = list[tuple[str, str]]
 
 
@@ -84,7 +82,10 @@ def test_nnunet_finds_the_trainers_there(instructions):
     (base,) = (rest for name, rest in instructions if name == "FROM")
     version = re.fullmatch(r"python:(\d+\.\d+)-slim", base)
     assert version
-    within = "/".join(trainers_folder().parts[-2:])
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    (package,) = (name for name in config["options"]["packages"].split() if name.endswith(".trainers"))
+    within = package.replace(".", "/")
     expected = f"/usr/local/lib/python{version[1]}/site-packages/{within}"
     assert environment(instructions)["nnUNet_extTrainer"] == expected
     # The build itself looks, too.
