@@ -30,7 +30,9 @@ from nnunet_ima.files import write_text
 from nnunet_ima.lp import Norm
 
 FILE = "attack.json"
-SCHEMA = "nnunet_ima/attack/1"
+SCHEMA = "nnunet_ima/attack/2"
+# A point of Dice.
+NEAR = 0.01
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class PerturbedCase:
         largest_tile_norm: of the tiles that were attacked, in the norm of the attack, z-scores.
         preprocessed: of the perturbation put together, in z-scores.
         scan: of the perturbation of the scan, in its intensities.
+        lost: how far what the network sees of the written scan is from what was attacked (L2), as a share of the
+            perturbation, but for the scale and offset of the new normalisation: by resampling to the scan's grid and
+            back.
     """
 
     case: str
@@ -61,6 +66,7 @@ class PerturbedCase:
     largest_tile_norm: float
     preprocessed: Norms
     scan: Norms
+    lost: float
 
 
 def attack_scans(
@@ -131,13 +137,26 @@ def attack_scans(
 
 def table(found: Sequence[PerturbedCase]) -> str:
     """For people."""
-    lines = ["| case | Dice before | after | in evaluate | L2 (z-scores) | L2 (scan) | largest change (scan) |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    lines = [
+        "| case | Dice before | after | in evaluate | L2 (z-scores) | lost (%) | L2 (scan) | largest change (scan) |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for one in found:
         dice = [f"{100 * value:.1f}" for value in (one.dice_before, one.dice_after, one.dice_in_evaluation)]
-        norms = [f"{value:.4g}" for value in (one.preprocessed.l2, one.scan.l2, one.scan.linf)]
+        norms = [f"{value:.4g}" for value in (one.preprocessed.l2, 100 * one.lost, one.scan.l2, one.scan.linf)]
         lines.append(f"| {one.case} | {' | '.join(dice)} | {' | '.join(norms)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"\n{sentence}" for sentence in differences(found))])
+
+
+def differences(found: Sequence[PerturbedCase]) -> list[str]:
+    """A sentence for each case whose file has another Dice than the evaluation reports, by more than a point."""
+    return [
+        f"{one.case}: of the file {100 * one.dice_after:.1f} % Dice are left, not {100 * one.dice_in_evaluation:.1f} % "
+        f"as in nnunet_ima evaluate: {100 * one.lost:.0f} % of the perturbation were lost on the way to the scan's "
+        f"grid and back. A scan whose voxels are larger than the network's cannot hold all of it."
+        for one in found
+        if abs(one.dice_after - one.dice_in_evaluation) > NEAR
+    ]
 
 
 def _attack_case(
@@ -152,7 +171,9 @@ def _attack_case(
     inside = (slice(0, model.channels), *case.unpad)
     difference = (merged - case.image)[inside].numpy()
     perturbed = perturb_scan(model, scan, case, difference)
-    before, after = (whole.predict_scan(image, scan.properties) for image in (scan.image, perturbed))
+    before, _ = whole.predict_scan(scan.image, scan.properties)
+    after, seen = whole.predict_scan(perturbed, scan.properties)
+    lost = _distance_but_for_normalisation(seen, merged[inside].numpy()) / max(_norms(difference).l2, 1e-12)
     _write(model, scan, perturbed, {"before": before, "after": after}, name, output)
     dice_before, dice_after = (nan_mean(list(whole.score_segmentation(case, one).dice)) for one in (before, after))
     return PerturbedCase(
@@ -163,6 +184,7 @@ def _attack_case(
         largest,
         _norms(difference),
         _norms(perturbed - scan.image),
+        lost,
     )
 
 
@@ -190,6 +212,15 @@ def _write(model: TrainedModel, scan: Scan, perturbed: Volume, found: dict[str, 
     write_channels(scan, perturbed - scan.image, output / "perturbation", name, ending)
     for part, segmentation in found.items():
         write_like(scan.files[0], segmentation.astype(np.uint8), output / part / f"{name}{ending}")
+
+
+def _distance_but_for_normalisation(seen: Volume, wanted: Volume) -> float:
+    """L2 distance between two volumes (C, Z, Y, X), each channel of ``wanted`` scaled and shifted as fits best."""
+    squares = 0.0
+    for found, target in zip(seen.astype(np.float64), wanted.astype(np.float64), strict=True):
+        slope, offset = np.polyfit(target.ravel(), found.ravel(), 1)
+        squares += float(((slope * target + offset - found) ** 2).sum())
+    return float(np.sqrt(squares))
 
 
 def _norms(difference: Volume) -> Norms:

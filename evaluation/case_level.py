@@ -43,8 +43,10 @@ class CaseLevel:
         stacked = torch.stack([tile for _, tile in tiles])
         return merge(stacked[:, :, None] if self._cases.is_2d else stacked)
 
-    def predict_scan(self, image: np.ndarray[Any, Any], properties: dict[str, Any]) -> Segmentation:
-        """What ``nnUNetv2_predict`` makes of a raw scan (C, Z, Y, X), preprocessing included."""
+    def predict_scan(
+        self, image: np.ndarray[Any, Any], properties: dict[str, Any]
+    ) -> tuple[Segmentation, np.ndarray[Any, Any]]:
+        """What ``nnUNetv2_predict`` makes of a raw scan (C, Z, Y, X), and the preprocessed scan its network sees."""
         model = self._model
         with contextlib.redirect_stdout(io.StringIO()):
             preprocessor = model.configuration.preprocessor_class(verbose=False)
@@ -55,7 +57,7 @@ class CaseLevel:
             segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
                 logits.cpu(), model.plans, model.configuration, model.label_manager, found
             )
-        return np.asarray(segmentation)
+        return np.asarray(segmentation), np.asarray(data)
 
     def score_segmentation(self, case: Case, segmentation: Segmentation) -> CaseScore:
         """Score a segmentation (Z, Y, X) in the original geometry."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from nnunet_ima.evaluation.models import TrainedModel
 Volume = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 # Of a scheme's values, how far they may lie off the straight line that undoes it.
 STRAIGHT = 1e-3
+# On the way back through resampling: how often what is missing is added, and what it must at least gain.
+CORRECTIONS = 12
+WORTHWHILE = 0.97
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ def perturb_scan(model: TrainedModel, scan: Scan, case: Case, difference: Volume
         difference: (C, Z, Y, X) in z-scores, of the preprocessed and unpadded case.
 
     Returns:
-        (C, Z, Y, X), intensities of the raw scan. Resampling back smooths a perturbation that was made on a finer
-        grid, and preprocessing the result again normalises it anew: what the network then sees is not exactly what
-        was attacked.
+        (C, Z, Y, X), intensities of the raw scan. Of a perturbation that was made on a finer grid than the scan's, the
+        scan cannot hold all; and preprocessing the result again normalises it anew. So what the network then sees may
+        not be exactly what was attacked.
 
     Raises:
         UserError: the normalisation is not a straight line, or does not belong to this scan.
@@ -83,7 +87,7 @@ def perturb_scan(model: TrainedModel, scan: Scan, case: Case, difference: Volume
     spacing = [float(scan.properties["spacing"][axis]) for axis in plans.transpose_forward]
     current = [float(value) for value in configuration.spacing]
     current = current if len(current) == len(shape) else [spacing[0], *current]
-    back = np.asarray(configuration.resampling_fn_data(difference, shape, current, spacing), np.float32)
+    back = resampled_back(configuration.resampling_fn_data, difference, shape, current, spacing)
     cropped, outside, box = crop_to_nonzero(original)
     if [list(ends) for ends in box] != [list(ends) for ends in properties["bbox_used_for_cropping"]]:
         raise UserError(f"The scan {scan.files[0]} is not the one that was preprocessed; preprocess again.")
@@ -93,6 +97,40 @@ def perturb_scan(model: TrainedModel, scan: Scan, case: Case, difference: Volume
         perturbed[channel][where] = inside + back[channel] * _slope(model, channel, inside, outside[0] >= 0)
     backward = [0, *(axis + 1 for axis in plans.transpose_backward)]
     return np.ascontiguousarray(perturbed.transpose(backward))
+
+
+def resampled_back(
+    resample: Callable[..., Any], difference: Volume, shape: Sequence[int], current: Sequence[float],
+    spacing: Sequence[float],
+) -> Volume:  # fmt: skip
+    """A perturbation on the scan's grid that nnU-Net's resampling turns into ``difference``, as nearly as it can be.
+
+    Interpolating there and back smooths twice. So what is missing after the way there is added on the way back, again
+    and again, for as long as that helps.
+
+    Args:
+        resample: nnU-Net's, of data.
+        difference: (C, *grid of the network).
+        shape: of the scan's grid, cropped as nnU-Net crops.
+        current, spacing: of the network's grid and of the scan's, in mm, in the order of the axes.
+    """
+
+    def there(volume: Volume) -> Volume:
+        return np.asarray(resample(volume, difference.shape[1:], spacing, current), np.float32)
+
+    def back(volume: Volume) -> Volume:
+        return np.asarray(resample(volume, shape, current, spacing), np.float32)
+
+    found = trial = back(difference)
+    smallest = np.inf
+    for _ in range(CORRECTIONS):
+        missing = difference - there(trial)
+        size = float(np.linalg.norm(missing))
+        if size >= WORTHWHILE * smallest or size == 0:
+            return trial if size < smallest else found
+        found, smallest = trial, size
+        trial = trial + back(missing)
+    return found
 
 
 def write_channels(scan: Scan, image: Volume, folder: Path, name: str, file_ending: str) -> list[Path]:
