@@ -96,7 +96,9 @@ class _Graph:
                 question(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=None if beside is None else beside._graph.pool()):
+        pool = None if beside is None else beside._graph.pool()
+        # Meanwhile nnU-Net's loader pins memory in a thread of its own, and NCCL watches in another.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._answer = question(*self._inputs)
 
     def replay(self, inputs: Sequence[Tensor]) -> Answer:
