@@ -267,7 +267,7 @@ def independent(network: nn.Module, images: Tensor, targets: Tensor, threat: Thr
     lowest = torch.full((len(images),), torch.inf, device=images.device)
     for restart in range(ADAM_RESTARTS):
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(restart)).to(images)
-        change = (0.1 * restart * noise).requires_grad_()
+        change = _within(0.1 * restart * noise, images, epsilon, low, high).requires_grad_()
         optimiser = torch.optim.Adam([change], lr=ADAM_RATE * epsilon / 5)
         for _ in range(ADAM_STEPS):
             logits = logits_of(network, images + change)
@@ -277,11 +277,16 @@ def independent(network: nn.Module, images: Tensor, targets: Tensor, threat: Thr
             (-overlap(logits, targets).flatten(1).mean(1) - entropy.flatten(1).mean(1)).sum().backward()
             optimiser.step()
             with torch.no_grad():
-                norm = change.flatten(1).norm(dim=1).clamp_min(1e-12)
-                change *= (epsilon / norm).clamp_max(1)[:, None, None, None]
-                change.copy_(torch.minimum(torch.maximum(images + change, low), high) - images)
+                change.copy_(_within(change, images, epsilon, low, high))
         lowest = torch.minimum(lowest, dice_by_monai(logits_of(network, images + change).detach(), targets))
     return lowest
+
+
+def _within(change: Tensor, images: Tensor, epsilon: float, low: Tensor, high: Tensor) -> Tensor:
+    """Into the L2 ball, then into the range, which only shortens it."""
+    norm = change.flatten(1).norm(dim=1).clamp_min(1e-12)
+    shorter = change * (epsilon / norm).clamp_max(1)[:, None, None, None]
+    return torch.minimum(torch.maximum(images + shorter, low), high) - images
 
 
 def logits_of(network: nn.Module, images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@
 
 Started again it goes on: trainings from their last checkpoint, evaluations from their records. ``--minutes 8`` stops
 in time on a machine that is only lent for so long; ``--state FOLDER`` then keeps all that is needed to go on elsewhere
-in files under 16 MiB (weights in half precision, margins, records), and takes it up at the next start. ``--jobs``
+in files under 16 MiB (weights in half precision, margins, finished records), and takes it up at the next start. ``--jobs``
 trains and attacks several models at once, as a GPU waits for one of them half of the time.
 """
 
@@ -216,9 +216,13 @@ def _command(options: argparse.Namespace) -> str:
     """Without the folders of this machine."""
     shown = ["benchmarks/paper_scale.py", "--data", options.data.name, "--scale", options.scale]
     shown += ["--methods", *options.methods, "--attack", options.attack, "-device", options.device]
-    for name in ("samples", "other_samples"):
+    for name in ("levels", "linf", "paper_levels"):
+        shown += [f"--{name.replace('_', '-')}", *getattr(options, name)]
+    for name in ("samples", "other_samples", "repetitions", "jobs"):
         if getattr(options, name):
             shown += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    if options.compile:
+        shown.append("--compile")
     return "python " + shlex.join(shown)
 
 

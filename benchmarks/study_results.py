@@ -38,8 +38,10 @@ def _training(checkpoint: Path) -> dict[str, Any] | None:
     if not checkpoint.is_file():
         return None
     log = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
-    # With the time between them: nnU-Net's epochs end before validation, checkpoints and pictures.
-    seconds = log["epoch_end_timestamps"][-1] - log["epoch_start_timestamps"][0]
+    # Without what lies between epochs (pictures, checkpoints), which may be a night if the training was continued.
+    seconds = sum(
+        end - begun for begun, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
+    )
     return {
         "seconds": round(seconds, 1),
         "epochs": len(log["epoch_end_timestamps"]),
@@ -86,7 +88,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     seconds = [(row["method"], row["training"]["seconds"]) for row in rows if row["training"]]
     if seconds:
-        lines += ["\nTraining, seconds from first to last epoch: " + ", ".join(f"{m} {s:.0f}" for m, s in seconds)]
+        lines += [
+            "\nSeconds in epochs of the training, beside whatever ran at once: "
+            + ", ".join(f"{m} {s:.0f}" for m, s in seconds)
+        ]
     return "\n".join(lines).strip() + "\n"
 
 

@@ -17,6 +17,7 @@ from nnunet_ima.files import atomic_path
 
 LARGEST = 16 * 2**20
 RECORDS = "records.tar.gz"
+ROUNDED = ("network_weights", "optimizer_state")
 HALVED = "single precision, stored in half"
 # In the order in which a training would go on from them.
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth")
@@ -35,12 +36,17 @@ def pack(work: Path, state: Path) -> None:
         there = [fold / name for name in CHECKPOINTS if (fold / name).is_file()]
         if there:
             checkpoint = torch.load(there[0], map_location="cpu", weights_only=False)
-            stored = {"name": there[0].name, "fold": str(fold.relative_to(work)), "checkpoint": _halved(checkpoint)}
+            rounded = {name: _halved(checkpoint[name]) for name in ROUNDED if name in checkpoint}
+            stored = {
+                "name": there[0].name,
+                "fold": str(fold.relative_to(work)),
+                "checkpoint": {**checkpoint, **rounded},
+            }
             stored["model"] = {name: (fold.parent / name).read_bytes() for name in ("plans.json", "dataset.json")}
             _write(stored, state / f"{fold.parent.name}_{fold.name}.pth")
     with atomic_path(state / RECORDS) as temporary, tarfile.open(temporary, "w:gz") as tar:
         for entry in sorted(work.iterdir()) if work.is_dir() else []:
-            if entry.name not in LEFT and not entry.name.endswith("_report"):
+            if entry.name not in LEFT and not entry.name.endswith("_report") and not _is_half_done(entry):
                 tar.add(entry, entry.name)
     _refuse_if_large(state / RECORDS)
 
@@ -53,7 +59,9 @@ def unpack(state: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     for file in sorted(state.glob("*.pth")):
         stored = torch.load(file, map_location="cpu", weights_only=False)
-        fold = work / stored["fold"]
+        fold = (work / stored["fold"]).resolve()
+        if work.resolve() not in fold.parents:
+            raise UserError(f"{file} wants to be put outside {work}; it is no state of this study.")
         if any((fold / name).is_file() for name in CHECKPOINTS):
             continue
         fold.mkdir(parents=True, exist_ok=True)
@@ -69,11 +77,16 @@ def unpack(state: Path, work: Path) -> None:
                     tar.extract(member, work, filter="data")
 
 
+def _is_half_done(entry: Path) -> bool:
+    """An evaluation that is not finished: it belongs to weights that were not rounded, and begins anew elsewhere."""
+    return (entry / "run.json").is_file() and not (entry / "summary.json").is_file()
+
+
 def _folds(results: Path) -> Iterator[Path]:
     yield from sorted(fold for fold in results.glob("Dataset*/*/fold_*") if fold.is_dir())
 
 
-def _halved(value: Any, known: dict[tuple[int, torch.Size], Tensor] | None = None) -> Any:
+def _halved(value: Any, known: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] | None = None) -> Any:
     """Tensors of single precision in half, marked as such; a weight is then off by 0.05 % at most.
 
     nnU-Net's decoder holds its encoder once more: what is the same memory stays the same.
@@ -82,7 +95,7 @@ def _halved(value: Any, known: dict[tuple[int, torch.Size], Tensor] | None = Non
     if isinstance(value, Tensor):
         if value.dtype != torch.float32:
             return value
-        return {HALVED: known.setdefault((value.data_ptr(), value.shape), value.half())}
+        return {HALVED: known.setdefault((value.data_ptr(), value.shape, value.stride()), value.half())}
     if isinstance(value, dict):
         return {key: _halved(part, known) for key, part in value.items()}
     if isinstance(value, list):

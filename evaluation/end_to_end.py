@@ -105,11 +105,13 @@ class EndToEndAttack:
         volume[:, z, y, x] = found.images[0].cpu()
         scores[OWN] = self._case_level.score(case, volume)
         worst = min(scores, key=lambda name: _dice(scores[name]))
+        norms = {OWN: float(threat.distance(found.images, image)), CARRIED_OVER: float(threat.distance(start, image))}
+        norms[UNPERTURBED] = 0.0
         return EndToEndScore(
             score=scores[worst],
             found_by=worst,
-            norm=float(threat.distance(found.images, image)),
-            carried_norm=float(threat.distance(start, image)),
+            norm=norms[worst],
+            carried_norm=norms[CARRIED_OVER],
             forward_passes=int(found.forward_passes),
             backward_passes=int(found.backward_passes),
         )

@@ -228,7 +228,7 @@ class Runner:
         use_exact_convolutions()
         # What was too much before would be too much again.
         self.chunk, self.batch_size = records.smallest_chunk or evaluation.chunk, evaluation.batch_size
-        self.graphs = self._new_graphs()
+        self.graphs, self._told = self._new_graphs(), False
         self._samples_of: dict[str, list[Sample]] = {name: [] for name in sorted(selection.complete_cases)}
         for sample in selection.samples:
             self._samples_of.setdefault(sample.case, []).append(sample)
@@ -253,6 +253,7 @@ class Runner:
                 self.records.keep_worst(condition, [one.example for one in done], [one.score for one in done])
             self.records.add_samples(condition, [one.score for one in done])
             bar.update(len(batch))
+            self._tell_of_graphs()
             self._score_finished(choice, condition, dict.fromkeys(sample.case for sample in batch), bar)
 
     def check(self) -> None:
@@ -311,6 +312,11 @@ class Runner:
             f"The memory was not enough: from here on {self.batch_size} samples are attacked at once, {self.chunk} in "
             f"each pass; the last digits of a result depend on the latter."
         )
+
+    def _tell_of_graphs(self) -> None:
+        if self.graphs is not None and self.graphs.refused is not None and not self._told:
+            self._told = True
+            tqdm.write(f"Some passes run without CUDA graphs: slower, with the same numbers ({self.graphs.refused}).")
 
     def _new_graphs(self) -> CudaGraphs | None:
         return CudaGraphs(self.chunk) if self.evaluation.device.type == "cuda" else None

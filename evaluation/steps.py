@@ -77,7 +77,7 @@ class Steps:
 
     def stop(self) -> None:
         """End the command that runs, if one does; it is told so, and what it wrote stays."""
-        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError, PermissionError):
             os.kill(int((self.logs / "running.pid").read_text(encoding="utf-8")), signal.SIGTERM)
 
     def is_done(self, step: str, command: Sequence[str]) -> bool:

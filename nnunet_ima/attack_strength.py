@@ -19,7 +19,7 @@ def attack_strength(
     """By how much ``steps`` of PGD raise the loss, as a share of what they raise it by in single precision.
 
     Both ends are judged in single precision, by the loss of the full-resolution output, and added up over the samples.
-    1 if single precision finds nothing either.
+    0 if single precision finds nothing, as then nothing is known of the other one.
 
     Args:
         oracle: answers in mixed precision.
@@ -39,4 +39,4 @@ def attack_strength(
         float((exact.score(climb(one, threat, images, start, steps, step_size), index)[0] - before).double().sum())
         for one in (oracle, exact)
     ]
-    return gains[0] / gains[1] if gains[1] > 0 else 1.0
+    return gains[0] / gains[1] if gains[1] > 0 else 0.0

@@ -135,6 +135,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self.attack_autocast: Autocast = nullcontext
         self._graphs: CudaGraphs | None = None
         self._refusal_told = False
+        self._no_room = False
+        self._epochs_here = 0
         # Whether it started with -pretrained_weights, of which nnU-Net tells a trainer nothing.
         self._unknown_start = False
         # Cases that the weights learned from before this training.
@@ -334,8 +336,10 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         Measured with the inner attack's own steps on fixed validation patches, as often as the robust Dice is.
         """
         mixed = training_autocast(self.device)
-        due = self._graphs is None or self.current_epoch % max(1, self.settings.robust_every) == 0
+        self._epochs_here += 1
+        due = self._epochs_here == 1 or self.current_epoch % (self.settings.robust_every or Settings.robust_every) == 0
         if mixed is nullcontext or not due:
+            self._keep_graphs()
             return
         before, self.attack_autocast = self.attack_autocast, nullcontext
         if self._patches is not None:
@@ -345,15 +349,18 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             if strength >= LEAST_STRENGTH:
                 self.attack_autocast = mixed
             self.print_to_log_file(
-                f"Attacks in mixed precision find {strength:.2%} of what they find in single precision (gradients are "
+                f"PGD in mixed precision finds {strength:.2%} of what it finds in single precision (gradients are "
                 f"off by {error.relative:.2%} at most, {error.zeros:.2%} of voxels lost); attacks run in "
                 f"{'mixed' if strength >= LEAST_STRENGTH else 'single'} precision."
             )
-        if self._graphs is None or (before is nullcontext) != (self.attack_autocast is nullcontext):
-            self._start_graphs()
+        if (before is nullcontext) == (self.attack_autocast is nullcontext):
+            self.attack_autocast = before
+        else:
+            self._graphs = None
+        self._keep_graphs()
 
     def _strength(self, mixed: Autocast) -> float:
-        """What the inner attack of the first step finds in mixed precision, as a share of single precision's."""
+        """What PGD with the inner attack's steps finds at ε/3 in mixed precision, as a share of single precision's."""
         assert self._patches is not None
         images, targets = self._patches
         settings = self.settings
@@ -369,10 +376,22 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             )
             return attack_strength(oracle, exact, threat, images, start, steps, settings.step_factor / steps)
 
-    def _start_graphs(self) -> None:
-        """Attack passes as CUDA graphs, of the sizes that the method needs."""
-        if self.device.type == "cuda":
-            self._graphs = CudaGraphs(self.attack_chunk or self.batch_size, self.attack_sizes)
+    def _keep_graphs(self) -> None:
+        """From the second epoch on, attack passes as CUDA graphs, of the sizes that the method needs, if there is room.
+
+        They hold on to memory, at most as much as the first epoch needed, which the training pass cannot use.
+        """
+        if self.device.type != "cuda" or self._graphs is not None or self._epochs_here < 2 or self._no_room:
+            return
+        free, used = torch.cuda.mem_get_info(self.device)[0], torch.cuda.max_memory_reserved(self.device)
+        if free < used:
+            self._no_room = True
+            self.print_to_log_file(
+                f"Attack passes run without CUDA graphs, which is slower: these may need {used / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} GiB are free."
+            )
+            return
+        self._graphs = CudaGraphs(self.attack_chunk or self.batch_size, self.attack_sizes)
 
     def attack_oracle(self, targets: Outputs, loss: LossFunction, criterion: DiceCriterion | None) -> Oracle:
         """What an inner attack asks the network, in the precision and in the passes that the epoch attacks with.

@@ -69,11 +69,13 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
             loss = self.nnunet_loss(outputs, batch.targets)
             return Step(loss, self.te_counts(outputs, batch, passes, loss, torch.zeros(()), 0.0))
         average, known = self._averaged(batch)
-        pull = _Pull(self.labels.regions, weight)
-        reference = [*as_list(batch.targets), average, known]
+        pull = _Pull(self.labels.regions)
+        # One weight a sample: as a tensor, so that a CUDA graph serves all epochs.
+        weights = torch.full((len(average),), weight, device=average.device)
+        reference = [*as_list(batch.targets), average, known, weights]
         perturbed, passes = self.perturb(batch, reference, _PulledLoss(self.sample_loss, pull))
         outputs = self.forward(perturbed)
-        loss, pulled = self.nnunet_loss(outputs, batch.targets), pull(outputs, average, known).mean()
+        loss, pulled = self.nnunet_loss(outputs, batch.targets), weight * pull(outputs, average, known).mean()
         passes += len(batch.images)
         return Step(loss + pulled, self.te_counts(outputs, batch, passes, loss, pulled, weight))
 
@@ -123,25 +125,24 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
 
 @dataclass(frozen=True)
 class _Pull:
-    """w · mean square of (prediction − average), at full resolution, over voxels that have an average."""
+    """Mean square of (prediction − average), at full resolution, over voxels that have an average."""
 
     regions: bool
-    weight: float
 
     def __call__(self, outputs: Outputs, average: Tensor, known: Tensor) -> Tensor:
         """(B,)."""
-        return self.weight * squared_distance(probabilities_of(first(outputs), self.regions), average, known)
+        return squared_distance(probabilities_of(first(outputs), self.regions), average, known)
 
 
 @dataclass(frozen=True)
 class _PulledLoss:
-    """What the inner attack climbs: loss and pull, (B,). Equal ones compute the same, as CUDA graphs ask for."""
+    """What the inner attack climbs: loss + w · pull, (B,). Equal ones compute the same, as CUDA graphs ask for."""
 
     sample_loss: SegmentationLoss
     pull: _Pull
 
     def __call__(self, outputs: Outputs, reference: Outputs) -> Tensor:
-        """Of ``reference``: targets, average, where known."""
-        *targets, average, known = as_list(reference)
+        """Of ``reference``: targets, average, where known, w (B,)."""
+        *targets, average, known, weights = as_list(reference)
         loss = self.sample_loss(outputs, targets if not isinstance(outputs, Tensor) else targets[0])
-        return loss + self.pull(outputs, average, known.bool())
+        return loss + weights * self.pull(outputs, average, known.bool())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import NamedTuple
 
 import torch
@@ -270,8 +270,8 @@ class Oracle:
         """The answer of a graph; what else it depends on belongs to its kind."""
         assert self._graphs is not None
         inputs = [images, *([targets] if isinstance(targets, Tensor) else targets)]
-        mixed = self._autocast is not nullcontext
-        return self._graphs.ask((kind, self._criterion, mixed), question, self._network, inputs)
+        whole = (kind, self._criterion, self._autocast, self._network)
+        return self._graphs.ask(whole, question, self._network, inputs)
 
     def _score_and_finite(self, loss: LossFunction, images: Tensor, targets: Outputs) -> tuple[Tensor, Tensor, Tensor]:
         with self._autocast():
@@ -356,7 +356,10 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
 
 def _compares(loss: object) -> bool:
     """Whether a loss that is equal to ``loss`` is known to compute the same."""
-    return is_dataclass(loss)
+    if not is_dataclass(loss):
+        return False
+    parameters = getattr(type(loss), "__dataclass_params__")  # noqa: B009 (mypy does not know it)
+    return bool(parameters.frozen and parameters.eq) and all(part.compare for part in fields(loss))
 
 
 def _like(targets: Outputs, parts: Sequence[Tensor]) -> Outputs:
