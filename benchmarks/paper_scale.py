@@ -10,8 +10,7 @@
 Started again it goes on: trainings from their last checkpoint, evaluations from their records. ``--minutes 8`` stops
 in time on a machine that is only lent for so long; ``--state FOLDER`` then keeps all that is needed to go on elsewhere
 in files under 16 MiB (weights in half precision, margins, finished records), and takes it up at the next start.
-``--jobs``
-trains and attacks several models at once, as a GPU waits for one of them half of the time.
+``--jobs`` trains and attacks several models at once, as a GPU waits for one of them half of the time.
 """
 
 from __future__ import annotations
