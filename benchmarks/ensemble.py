@@ -140,7 +140,7 @@ def _rows(options: argparse.Namespace, name: str, norm: Norm) -> list[dict[str, 
         if not (run / "summary.json").is_file():
             continue
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        common = {"model": name, "norm": norm, "level": level}
+        common = {"model": name, "norm": norm, "level": level, "device": summary["device"]}
         clean = {"attack": "clean", "tvdi": summary["clean"]["tvdi"], "adi": summary["clean"]["adi"]}
         rows.append({**common, **clean, "trusted": summary["trusted"], "samples": summary["clean"]["n_samples"]})
         kept = ["attack", "tvdi", "adi", "robust_share", "tvdi_of_lowest_dice"]
@@ -211,10 +211,8 @@ def search(options: argparse.Namespace) -> None:
         members = {key: float(part.dice.double().nan_to_num(0.0).mean()) for key, part in by_attack.items()}
     file = _search_file(options, name, what)
     file.parent.mkdir(exist_ok=True)
-    write_text(
-        file,
-        json.dumps({"dice": dice.tolist(), "clean": clean.tolist(), "passes": passes, "members": members}),
-    )
+    content = {"dice": dice.tolist(), "clean": clean.tolist(), "passes": passes, "members": members}
+    write_text(file, json.dumps({**content, "device": _device_name(options.device)}))
 
 
 def _budget(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -242,6 +240,7 @@ def _budget(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "tenfold": mean(lowest),
         "tenfold_members": {member: mean(part["dice"]) for member, part in tenfold.items() if part},
         "tenfold_missing": [member for member, part in tenfold.items() if not part],
+        "devices": {what: part["device"] for what, part in (("standard", standard), *tenfold.items()) if part},
         "independent": mean(adam["dice"]) if adam else None,
         "passes": {
             "standard": standard["passes"] if standard else None,

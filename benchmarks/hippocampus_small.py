@@ -1,8 +1,9 @@
 """The first benchmark: does IMA keep clean Dice, and hold under attack, on the Decathlon's hippocampus?
 
 A small 2D network (features 16 to 128, batch 32), fold 0, on a CPU: 500 steps of stock nnU-Net, then from there 600 of
-IMA, or 600 more of stock training; then APGD and white noise on validation slices (``sound`` and ``paper``, L2). An
-hour on two free cores; started again, it goes on where it stopped. Writes a JSON, a table, and a picture.
+IMA, or 600 more of stock training; then AutoAttack (``fast``) and white noise on validation slices (``sound`` and
+``paper``, L2). Over an hour on two free cores; started again, it goes on where it stopped. Writes a JSON, a table, and
+a picture.
 
     python benchmarks/hippocampus_small.py --data <Task04_Hippocampus> [-o work] [-device cpu]
 """
@@ -42,15 +43,11 @@ ATTACKED: dict[str, Any] = {**HARDENING, "steps": 10, "epsilon": 15.0}
 IMA_ALL = Method("IMA, 208 cases", "nnUNetTrainerIMA", ATTACKED, start=STD)
 IMA = Method("IMA, 24 cases, Δε 1.5", "nnUNetTrainerIMA", {**ATTACKED, "delta_epsilon": 1.5}, start=STD, cases=24)
 METHODS = (STD, STD_LONGER, IMA, IMA_ALL)
+ATTACKS = ("autoattack:version=fast", "white-noise:draws=20")
+SAMPLES = ("--max-samples", "300")
 EVALUATIONS = (
-    Attacks("sound_l2", ("5", "10", "15"), ("apgd:steps=50", "white-noise:draws=20"), further=("--max-samples", "300")),
-    Attacks(
-        "paper_l2",
-        ("5",),
-        ("apgd:steps=50", "white-noise:draws=20"),
-        protocol="paper",
-        further=("--max-samples", "300", "--no-cases"),
-    ),
+    Attacks("sound_l2", ("5", "10", "15"), ATTACKS, further=SAMPLES),
+    Attacks("paper_l2", ("5",), ATTACKS, protocol="paper", further=(*SAMPLES, "--no-cases")),
 )
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
@@ -131,13 +128,13 @@ def table(summaries: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def draw(found: dict[str, dict[str, Any]], file: Path) -> None:
-    """TVDI against level: APGD solid, white noise dotted."""
+    """TVDI against level: AutoAttack solid, white noise dotted."""
     figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=130)
     shown = [found[STD_LONGER.title], found[IMA.title]]
     for summary, title, colour in zip(
         shown, ("stock nnU-Net", "hardened with IMA"), ("#d1495b", "#00798c"), strict=True
     ):
-        for attack, style in (("apgd", "-"), ("white-noise", ":")):
+        for attack, style in (("autoattack", "-"), ("white-noise", ":")):
             points = [(r["epsilon"], 100 * r["tvdi"]) for r in summary["results"] if r["attack"].startswith(attack)]
             points = [(0.0, 100 * summary["clean"]["tvdi"]), *sorted(points)]
             axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=f"{title}, {attack}")
