@@ -71,7 +71,7 @@ def measure(rank: int, folder: str, project: Any, error: Exception) -> None:
     """
     import nnunet_project
 
-    from nnunet_ima.trainers import nnUNetTrainerAdversarial as trainers
+    from nnunet_ima import trainers
     from nnunet_ima.trainers.nnUNetTrainerSAT import nnUNetTrainerSAT
 
     def strength(*_: object) -> float:
@@ -80,8 +80,8 @@ def measure(rank: int, folder: str, project: Any, error: Exception) -> None:
         return 1.0
 
     torch.set_num_threads(1)
-    trainers.training_autocast = lambda _: partial(torch.autocast, "cpu", dtype=torch.float16)
-    trainers.attack_strength = strength
+    trainers.nnUNetTrainerAdversarial.training_autocast = lambda _: partial(torch.autocast, "cpu", dtype=torch.float16)
+    trainers.nnUNetTrainerAdversarial.attack_strength = strength
     with project.in_force(), nnunet_project.quiet():
         os.environ["nnUNet_results"] = str(Path(folder) / f"rank_{rank}")
         trainer = nnunet_project.make_trainer(project, nnUNetTrainerSAT, "2d_tiny", robust_patches=2)
