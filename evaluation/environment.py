@@ -46,7 +46,7 @@ def find_trainer(name: str) -> Any:
     """The class of a trainer: ours by import, any other as nnU-Net looks it up, ``nnUNet_extTrainer`` included.
 
     nnU-Net's look-up imports every trainer of its own and goes through all modules that are loaded, so it can fail for
-    reasons that have nothing to do with ours (a module that imports others when it is asked for its file).
+    reasons that have nothing to do with ours (``transformers``' aliases import others when asked for their path).
 
     Raises:
         RuntimeError, AssertionError: nnU-Net's own, if it finds none or one that is no nnUNetTrainer.
