@@ -9,7 +9,8 @@
 
 Started again it goes on: trainings from their last checkpoint, evaluations from their records. ``--minutes 8`` stops
 in time on a machine that is only lent for so long; ``--state FOLDER`` then keeps all that is needed to go on elsewhere
-in files under 16 MiB (weights in half precision, margins, finished records), and takes it up at the next start.
+in files under 16 MiB (weights in half precision, margins, finished records), and takes it up at the next start. The
+weights of a finished training are then rounded before anything is measured, so that all figures are of the same model.
 ``--jobs`` trains and attacks several models at once, as a GPU waits for one of them half of the time.
 """
 
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 from study_results import collect, table
-from study_state import pack, unpack
+from study_state import pack, round_before_evaluations, unpack
 
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.pipeline import Attacks, Method, PlannedNetwork, SmallNetwork
@@ -156,6 +157,7 @@ def make_study(options: argparse.Namespace, scale: Scale) -> Study:
         options.device,
         options.workers,
         options.compile,
+        before_evaluations=None if options.state is None else round_before_evaluations,
     )
 
 

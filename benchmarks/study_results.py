@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study_state import ROUNDED_MARK
 
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
 
@@ -37,13 +38,15 @@ def collect(
 def _training(checkpoint: Path) -> dict[str, Any] | None:
     if not checkpoint.is_file():
         return None
-    log = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    log = stored["logging"]
     # Without what lies between epochs (pictures, checkpoints), which may be a night if the training was continued.
     seconds = sum(
         end - begun for begun, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
     )
     return {
         "seconds": round(seconds, 1),
+        "weights": stored.get(ROUNDED_MARK, "single precision"),
         "epochs": len(log["epoch_end_timestamps"]),
         **{name: [round(float(value), 3) for value in log[name]] for name in QUANTILES if log.get(name)},
     }

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,37 @@ LARGEST = 16 * 2**20
 RECORDS = "records.tar.gz"
 ROUNDED = ("network_weights", "optimizer_state")
 HALVED = "single precision, stored in half"
+# In a finished checkpoint whose weights are the rounded ones, and were before anything was measured of them.
+ROUNDED_MARK = "weights_rounded_to"
+HALF = "half precision"
 # In the order in which a training would go on from them.
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth")
 # What is made anew from the data, or is too large to carry.
 LEFT = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "staged")
+
+
+def round_before_evaluations(fold: Path, results: Sequence[Path]) -> None:
+    """Round the weights of a finished training as :func:`pack` does, so that all evaluations are of what is carried.
+
+    Args:
+        fold: nnU-Net's folder of the trained fold.
+        results: folders of the model's evaluations.
+
+    Raises:
+        UserError: the model was evaluated with weights that were not rounded.
+    """
+    file = fold / "checkpoint_final.pth"
+    checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+    if checkpoint.get(ROUNDED_MARK) == HALF:
+        return
+    there = [folder for folder in results if (folder / "run.json").is_file()]
+    if there:
+        raise UserError(
+            f"{there[0]} was measured with weights in single precision, but a state holds them in half precision; "
+            f"remove the results of {fold.parent.name}, or go on without --state."
+        )
+    rounded = {name: _single(_halved(checkpoint[name])) for name in ROUNDED if name in checkpoint}
+    _save({**checkpoint, **rounded, ROUNDED_MARK: HALF}, file)
 
 
 def pack(work: Path, state: Path) -> None:
@@ -67,8 +93,7 @@ def unpack(state: Path, work: Path) -> None:
         fold.mkdir(parents=True, exist_ok=True)
         for name, content in stored["model"].items():
             (fold.parent / name).write_bytes(content)
-        with atomic_path(fold / stored["name"]) as temporary:
-            torch.save(_single(stored["checkpoint"]), temporary)
+        _save(_single(stored["checkpoint"]), fold / stored["name"])
     if (state / RECORDS).is_file():
         with tarfile.open(state / RECORDS) as tar:
             for member in tar.getmembers():
@@ -78,7 +103,7 @@ def unpack(state: Path, work: Path) -> None:
 
 
 def _is_half_done(entry: Path) -> bool:
-    """An evaluation that is not finished: it belongs to weights that were not rounded, and begins anew elsewhere."""
+    """An evaluation that is not finished: it begins anew elsewhere, where a GPU may round differently."""
     return (entry / "run.json").is_file() and not (entry / "summary.json").is_file()
 
 
@@ -103,24 +128,30 @@ def _halved(value: Any, known: dict[tuple[int, torch.Size, tuple[int, ...]], Ten
     return value
 
 
-def _single(value: Any) -> Any:
-    """What was halved in single precision again."""
+def _single(value: Any, known: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] | None = None) -> Any:
+    """What was halved in single precision again; what is the same memory stays the same."""
+    known = {} if known is None else known
     if isinstance(value, dict):
         if value.keys() == {HALVED}:
-            return value[HALVED].float()
-        return {key: _single(part) for key, part in value.items()}
+            half = value[HALVED]
+            return known.setdefault((half.data_ptr(), half.shape, half.stride()), half.float())
+        return {key: _single(part, known) for key, part in value.items()}
     if isinstance(value, list):
-        return [_single(part) for part in value]
+        return [_single(part, known) for part in value]
     return value
 
 
 def _write(content: dict[str, Any], file: Path) -> None:
+    _save(content, file)
+    _refuse_if_large(file)
+
+
+def _save(content: dict[str, Any], file: Path) -> None:
+    """By way of memory: torch writes a file's name into it, and the same content should be the same file."""
     stream = io.BytesIO()
     torch.save(content, stream)
-    with atomic_path(file) as temporary, Path(temporary).open("wb") as out:
-        stream.seek(0)
-        shutil.copyfileobj(stream, out)
-    _refuse_if_large(file)
+    with atomic_path(file) as temporary:
+        temporary.write_bytes(stream.getbuffer())
 
 
 def _refuse_if_large(file: Path) -> None:

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.environment import nnunet_folder, our_trainers_too
+from nnunet_ima.evaluation.environment import find_trainer, nnunet_folder
 from nnunet_ima.evaluation.models import read_json
 from nnunet_ima.files import write_text
 from nnunet_ima.settings import KEY, Configured, explain, validate
@@ -178,13 +177,12 @@ def in_force(
         UserError: the trainer or configuration is unknown, or the data is not preprocessed.
     """
     settings_of(planned, configuration)
-    with our_trainers_too():
-        try:
-            found = recursive_find_trainer_class_by_name(trainer)
-        except (RuntimeError, AssertionError):
-            raise UserError(
-                f"There is no trainer {trainer}; ours are in the folder that nnunet_ima trainers prints."
-            ) from None
+    try:
+        found = find_trainer(trainer)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"There is no trainer {trainer}; ours are in the folder that nnunet_ima trainers prints."
+        ) from None
     # Asked for by what it can do: this package knows nothing of the trainers'.
     if not hasattr(found, "preview"):
         raise UserError(f"{trainer} is none of our trainers, so it has no settings of ours; use nnUNetTrainerIMA.")

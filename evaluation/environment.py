@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import io
 import os
+import pkgutil
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_ima.errors import UserError
 
@@ -36,6 +40,26 @@ def trainers_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError("The trainers of nnunet_ima are not installed; install the package again.")
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def find_trainer(name: str) -> Any:
+    """The class of a trainer: ours by import, any other as nnU-Net looks it up, ``nnUNet_extTrainer`` included.
+
+    nnU-Net's look-up imports every trainer of its own and goes through all modules that are loaded, so it can fail for
+    reasons that have nothing to do with ours (``transformers``' aliases import others when asked for their path).
+
+    Raises:
+        RuntimeError, AssertionError: nnU-Net's own, if it finds none or one that is no nnUNetTrainer.
+        ImportError: a trainer does not import.
+    """
+    for module in pkgutil.iter_modules([str(trainers_folder())]):
+        content = importlib.import_module(f"nnunet_ima.trainers.{module.name}")
+        found = getattr(content, name, None)
+        # Not what the module itself only imported, such as nnU-Net's own trainer.
+        if isinstance(found, type) and found.__module__ == content.__name__:
+            return found
+    with our_trainers_too():
+        return recursive_find_trainer_class_by_name(name)
 
 
 @contextlib.contextmanager

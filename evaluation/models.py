@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunet_ima.checkpoints import noted_training_cases, safe_load, started_from_unknown
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.environment import nnunet_folder, our_trainers_too
+from nnunet_ima.evaluation.environment import find_trainer, nnunet_folder
 from nnunet_ima.labels import Labels
 
 Fold = int | str
@@ -205,9 +204,8 @@ def _build_network(
     trainer: str, plans: PlansManager, configuration: ConfigurationManager, dataset_json: Mapping[str, Any]
 ) -> nn.Module:
     try:
-        with our_trainers_too():
-            trainer_class = recursive_find_trainer_class_by_name(trainer)
-    except (RuntimeError, AssertionError) as error:
+        trainer_class = find_trainer(trainer)
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = " ".join(str(error).split())
         if reason.startswith("Could not find requested"):
             raise UserError(

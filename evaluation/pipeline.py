@@ -9,6 +9,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -292,9 +293,9 @@ class Pipeline:
         )
         return own if method.start is None else f"{own}_from_{self.key(method.start)}"
 
-    @property
+    @cached_property
     def steps(self) -> Steps:
-        """The commands, with nnU-Net's folders in ``output``."""
+        """The commands, with nnU-Net's folders in ``output``; always the same, as whoever stops them stops all."""
         return Steps(self.logs, self._environment())
 
     def _environment(self) -> dict[str, str]:

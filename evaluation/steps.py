@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
@@ -20,17 +19,20 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.files import write_text
 
 
-@dataclass(frozen=True)
 class Steps:
     """Runs named commands.
 
-    Attributes:
+    Args:
         logs: folder for their output, and for the notes of what is done.
         environment: of the commands.
     """
 
-    logs: Path
-    environment: Mapping[str, str]
+    def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
+        self.logs, self.environment = logs, environment
+        # Held while a command is started, so that a stop comes either before, and nothing starts, or after.
+        self._starting = threading.Lock()
+        self._stopped = False
+        self._process: subprocess.Popen[bytes] | None = None
 
     def once(self, step: str, command: Sequence[str], counted: str = "", total: int | None = None) -> None:
         """Run a command unless it ended well before; show progress by counting lines of its log.
@@ -50,20 +52,15 @@ class Steps:
         """Run a command, whether or not it ran before.
 
         Raises:
-            UserError: it failed, or another one is at work with the same logs.
+            UserError: it failed, :meth:`stop` was called before, or another one is at work with the same logs.
         """
         log = self.logs / f"{step}.log"
         running = self.logs / "running.pid"
         _refuse_if_alive(running)
         with log.open("w", encoding="utf-8") as stream:
-            process = subprocess.Popen(
-                [_program(command[0]), *command[1:]],
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=dict(self.environment),
-            )
-            write_text(running, str(process.pid))
+            process = self._start(step, command, stream)
             try:
+                write_text(running, str(process.pid))
                 _watch(process, log, step, counted, total)
             except BaseException:
                 process.terminate()
@@ -75,10 +72,25 @@ class Steps:
         if process.returncode:
             raise UserError(f"The step {step} failed: {_last_line(log)} (all of it in {log}).")
 
+    def _start(self, step: str, command: Sequence[str], log: IO[str]) -> subprocess.Popen[bytes]:
+        with self._starting:
+            if self._stopped:
+                raise UserError(f"The step {step} was not begun, as the work was stopped.")
+            self._process = subprocess.Popen(
+                [_program(command[0]), *command[1:]],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(self.environment),
+            )
+            return self._process
+
     def stop(self) -> None:
-        """End the command that runs, if one does; it is told so, and what it wrote stays."""
-        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError, PermissionError):
-            os.kill(int((self.logs / "running.pid").read_text(encoding="utf-8")), signal.SIGTERM)
+        """Begin no further command, and end the one that runs; it is told so, and what it wrote stays."""
+        with self._starting:
+            self._stopped = True
+            if self._process is not None:
+                # Nothing is sent to one that has ended.
+                self._process.terminate()
 
     def is_done(self, step: str, command: Sequence[str]) -> bool:
         """Whether a step ended well before, by this very command; an attack with fewer steps is another one."""

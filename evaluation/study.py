@@ -34,6 +34,8 @@ class Study:
         workers: processes that augment, for each training.
         compiled: whether nnU-Net may compile the network.
         make_folders: see :class:`~nnunet_ima.evaluation.pipeline.Pipeline`.
+        before_evaluations: called for each trained model, with nnU-Net's folder of its fold and the folders of its
+            results, before it is evaluated.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class Study:
         workers: int = 1,
         compiled: bool = False,
         make_folders: bool = True,
+        before_evaluations: Callable[[Path, Sequence[Path]], None] | None = None,
     ) -> None:
+        self._before_evaluations = before_evaluations
         self.output, self.methods, self.evaluations = output, list(methods), list(evaluations)
         self.stopped = False
         self._running: list[Steps] = []
@@ -81,6 +85,9 @@ class Study:
         if train:
             self._unless_stopped()
             pipeline.train(dataset, method)
+        if attack and self._before_evaluations is not None:
+            results = [pipeline.results(method, attacks) for attacks in self.evaluations]
+            self._before_evaluations(pipeline.fold_folder(dataset, method), results)
         for attacks in self.evaluations if attack else ():
             self._unless_stopped()
             pipeline.evaluate(dataset, method, attacks)

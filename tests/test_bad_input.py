@@ -577,7 +577,9 @@ def test_a_trainer_that_cannot_be_looked_up_says_why(model, data, refused, monke
     def broken(_: str) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr("nnunet_ima.evaluation.models.recursive_find_trainer_class_by_name", broken)
+    monkeypatch.setattr("nnunet_ima.evaluation.environment.recursive_find_trainer_class_by_name", broken)
+    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    torch.save({**checkpoint, "trainer_name": "nnUNetTrainer_2epochs"}, model / "fold_0" / "checkpoint_final.pth")
     sentence = refused("-m", str(model), *SHORT)
     assert "could not look up (operator torchvision::nms does not exist)" in sentence
     assert "not found" not in sentence

@@ -13,6 +13,7 @@ from nnunet_project import quiet
 from test_trainers import foreground_batch, started
 from torch import multiprocessing
 
+from nnunet_ima.errors import UserError
 from nnunet_ima.settings import KEY
 from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
 from nnunet_ima.trainers.nnUNetTrainerSAT import nnUNetTrainerSAT
@@ -111,3 +112,23 @@ def test_te_has_averages_of_the_cases_of_both_ranks(ranks):
 def test_passes_and_samples_of_both_ranks_are_counted(ranks):
     log = held(ranks, nnUNetTrainerSAT, 0)["log"]
     assert log["passes_per_sample"] == 4  # three of PGD, one of the training
+
+
+@pytest.mark.parametrize(
+    ("error", "own", "named"),
+    [
+        (
+            UserError("The output is NaN; train longer."),
+            "SystemExit: The output is NaN",
+            "UserError: The output is NaN",
+        ),
+        (torch.OutOfMemoryError("no memory"), "OutOfMemoryError: no memory", "OutOfMemoryError: no memory"),
+    ],
+)
+def test_where_one_rank_cannot_measure_both_end(project, tmp_path, error, own, named):
+    """And the second says what the first said, instead of waiting for it forever."""
+    multiprocessing.spawn(two_ranks.measure, (str(tmp_path), project, error), nprocs=2)
+    assert (tmp_path / "ended_1").read_text().startswith(own)
+    other = (tmp_path / "ended_0").read_text()
+    assert other.startswith("SystemExit: Rank 1 failed")
+    assert named in other

@@ -11,10 +11,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import paper_scale
-from study_state import LARGEST, pack, unpack
+from study_state import HALF, LARGEST, ROUNDED_MARK, pack, round_before_evaluations, unpack
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.phantom import make_phantom_task
+from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
 from nnunet_ima.evaluation.study import Study
 
 FOLD = Path("nnUNet_results/Dataset004_Hippocampus/nnUNetTrainerIMA__plans__2d/fold_0")
@@ -94,6 +95,97 @@ def test_a_finished_training_is_carried_as_finished(tmp_path):
     unpack(tmp_path / "state", tmp_path / "there")
     assert torch.load(tmp_path / "there" / FOLD / "checkpoint_final.pth", weights_only=True)["current_epoch"] == 50
     assert not (tmp_path / "there" / FOLD / "checkpoint_latest.pth").exists()
+
+
+def weights_of(work: Path) -> dict[str, torch.Tensor]:
+    return dict(torch.load(work / FOLD / "checkpoint_final.pth", weights_only=True)["network_weights"])
+
+
+def a_study(work: Path, state: Path | None) -> tuple[Study, Method]:
+    """As the program makes it, with one method and one evaluation."""
+    command = ["--data", "none", "-o", str(work), "--methods", "IMA", "--linf", "--paper-levels", "--scale", "glance"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["paper_scale.py", *command, *(["--state", str(state)] if state else [])])
+        options = paper_scale._options()
+    scale = paper_scale.SCALES["glance"]
+    ((method, _),) = paper_scale.methods(options, scale)
+    return paper_scale.make_study(options, scale), method
+
+
+@pytest.fixture
+def evaluated(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """The weights that evaluations of the study see; trainings end at once, where :data:`FOLD` is."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def evaluate(self: Pipeline, dataset: Path, method: Method, attacks: Attacks) -> Path:
+        if not (self.results(method, attacks) / "summary.json").is_file():
+            seen.append(weights_of(self.output))
+            for name in ("run.json", "summary.json"):
+                self.results(method, attacks).mkdir(exist_ok=True)
+                (self.results(method, attacks) / name).write_text("{}")
+        return self.results(method, attacks)
+
+    monkeypatch.setattr(Pipeline, "train", lambda *_: None)
+    monkeypatch.setattr(Pipeline, "fold_folder", lambda self, *_: self.output / FOLD)
+    monkeypatch.setattr(Pipeline, "evaluate", evaluate)
+    return seen
+
+
+def run(study: Study) -> None:
+    ((_, job),) = study.jobs(study.output / "nnUNet_preprocessed" / "Dataset004_Hippocampus")
+    job()
+
+
+def test_evaluations_before_and_after_a_state_are_of_the_same_weights(tmp_path, evaluated):
+    here, there, state = (tmp_path / name for name in ("here", "there", "state"))
+    trained = a_training(here, "checkpoint_final.pth")
+    run(a_study(here, state)[0])
+    pack(here, state)
+    unpack(state, there)
+    study, _ = a_study(there, state)
+    study.evaluations.append(Attacks("another", ["1"], ["white-noise"]))
+    run(study)
+    first, second = evaluated
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # Rounded they are, and so little that nothing else can have happened to them.
+    was = trained["network_weights"]["encoder.w"]
+    assert not torch.equal(first["encoder.w"], was)
+    torch.testing.assert_close(first["encoder.w"], was, rtol=5e-4, atol=1e-7)
+    # A run that ended but was not noted as done is known by the checkpoint's digest.
+    files = [work / FOLD / "checkpoint_final.pth" for work in (here, there)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert torch.load(files[0], weights_only=True)[ROUNDED_MARK] == HALF
+
+
+def test_rounding_once_more_changes_nothing(tmp_path):
+    a_training(tmp_path, "checkpoint_final.pth")
+    round_before_evaluations(tmp_path / FOLD, [])
+    once = (tmp_path / FOLD / "checkpoint_final.pth").read_bytes()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    round_before_evaluations(tmp_path / FOLD, [tmp_path / "run"])
+    assert (tmp_path / FOLD / "checkpoint_final.pth").read_bytes() == once
+
+
+def test_without_a_state_weights_stay_as_they_were_trained(tmp_path, evaluated):
+    trained = a_training(tmp_path, "checkpoint_final.pth")
+    run(a_study(tmp_path, None)[0])
+    assert torch.equal(evaluated[0]["encoder.w"], trained["network_weights"]["encoder.w"])
+
+
+def test_a_model_that_was_evaluated_unrounded_is_not_carried_on_as_rounded(tmp_path, evaluated):
+    """Neither one that was here before there was a state, nor one of an older state."""
+    here, there, state = (tmp_path / name for name in ("here", "there", "state"))
+    a_training(here, "checkpoint_final.pth")
+    run(a_study(here, None)[0])
+    pack(here, state)
+    unpack(state, there)
+    for work in (here, there):
+        before = (work / FOLD / "checkpoint_final.pth").read_bytes()
+        with pytest.raises(UserError, match="was measured with weights in single precision"):
+            run(a_study(work, state)[0])
+        assert (work / FOLD / "checkpoint_final.pth").read_bytes() == before
 
 
 def test_a_state_that_is_too_large_is_refused_with_its_size(tmp_path):

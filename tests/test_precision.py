@@ -25,6 +25,7 @@ from nnunet_ima.attacks.oracle import Oracle
 from nnunet_ima.gradient_error import gradient_error
 from nnunet_ima.losses import first
 from nnunet_ima.precision import training_autocast
+from nnunet_ima.settings import KEY
 from nnunet_ima.threat import ThreatModel
 from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
 from nnunet_ima.trainers.nnUNetTrainerSAT import nnUNetTrainerSAT
@@ -190,6 +191,88 @@ def test_attacks_are_in_single_precision_where_training_is(project, results, sta
     assert (training_autocast(trainer.device) is nullcontext) == (device == "cpu")
     if device == "cpu":
         assert trainer.attack_autocast is nullcontext
+
+
+ON_THE_CPU = [pytest.param(("cpu", torch.float16), id="cpu-fp16")]
+
+
+def continued(project: Any, checkpoint: Path, **settings: Any) -> Any:
+    """A SAT trainer that goes on from a checkpoint, right before its next epoch."""
+    trainer = make_trainer(project, nnUNetTrainerSAT, resume=True, num_epochs=9, **settings)
+    with quiet():
+        trainer.load_checkpoint(str(checkpoint))
+        trainer.on_train_start()
+    return trainer
+
+
+def strengths(monkeypatch, values: list[float]) -> None:
+    """Let the measurements find these, one after the other."""
+    monkeypatch.setattr("nnunet_ima.trainers.nnUNetTrainerAdversarial.attack_strength", lambda *_: values.pop(0))
+
+
+@pytest.mark.parametrize("mixed_precision", ON_THE_CPU, indirect=True)
+@pytest.mark.parametrize("found", [0.9, 1.0])
+def test_a_continued_training_attacks_in_the_precision_of_the_uninterrupted_one(
+    project, results, start, mixed_precision, monkeypatch, found
+):
+    """Between two measurements the last one counts, on whichever side of a stop it was made."""
+    left = [found, 1.9 - found]
+    strengths(monkeypatch, left)
+    trainer = started(project, nnUNetTrainerSAT, "2d_tiny", start, robust_every=2, robust_patches=2)
+    with quiet():
+        trainer.on_train_epoch_start()
+        checkpoint = results / "after_the_first.pth"
+        trainer.save_checkpoint(str(checkpoint))
+        again = continued(project, checkpoint, robust_every=2, robust_patches=2)
+        assert again.current_epoch == 1
+        again.on_train_epoch_start()
+    assert len(left) == 1, "measured though it was not due"
+    single = found < LEAST_STRENGTH
+    assert [one.attack_autocast is nullcontext for one in (trainer, again)] == [single, single]
+    again.current_epoch = 2
+    with quiet():
+        again.on_train_epoch_start()
+    assert left == []
+    assert (again.attack_autocast is nullcontext) is not single
+
+
+@pytest.mark.parametrize("mixed_precision", ON_THE_CPU, indirect=True)
+def test_a_checkpoint_that_says_nothing_of_the_precision_is_continued_with_a_measurement(
+    project, results, start, mixed_precision, monkeypatch
+):
+    """An older one."""
+    left = [1.0, 1.0]
+    strengths(monkeypatch, left)
+    trainer = started(project, nnUNetTrainerSAT, "2d_tiny", start, robust_every=2, robust_patches=2)
+    with quiet():
+        trainer.on_train_epoch_start()
+        trainer.save_checkpoint(str(results / "older.pth"))
+    checkpoint = torch.load(results / "older.pth", weights_only=False)
+    del checkpoint["init_args"][KEY]["attacks_mixed"]
+    torch.save(checkpoint, results / "older.pth")
+    again = continued(project, results / "older.pth", robust_every=2, robust_patches=2)
+    assert again.attack_autocast is nullcontext
+    with quiet():
+        again.on_train_epoch_start()
+    assert left == []
+    assert again.attack_autocast is not nullcontext
+
+
+@pytest.mark.parametrize("mixed_precision", ON_THE_CPU, indirect=True)
+def test_where_trainings_are_in_single_precision_a_continued_one_attacks_in_it_too(
+    project, results, start, mixed_precision, monkeypatch
+):
+    """From a GPU to a CPU."""
+    strengths(monkeypatch, [1.0])
+    trainer = started(project, nnUNetTrainerSAT, "2d_tiny", start, robust_patches=2)
+    with quiet():
+        trainer.on_train_epoch_start()
+        trainer.save_checkpoint(str(results / "from_a_gpu.pth"))
+    monkeypatch.setattr("nnunet_ima.trainers.nnUNetTrainerAdversarial.training_autocast", lambda _: nullcontext)
+    again = continued(project, results / "from_a_gpu.pth", robust_patches=2)
+    with quiet():
+        again.on_train_epoch_start()
+    assert again.attack_autocast is nullcontext
 
 
 @pytest.mark.parametrize("kind", METHODS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,45 @@ def test_a_stopped_study_runs_no_further_step(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the time is up"):
         run()
     assert title == "IMA"
+
+
+def test_a_stop_just_before_a_command_starts_ends_it(tmp_path, monkeypatch):
+    """It arrives after the last look at whether there was one, and before there is a process that it could end."""
+    study = Study(tmp_path, "plans", PlannedNetwork(), [], [], "cpu")
+    pipeline = study.pipeline()
+    start, trace, stops = subprocess.Popen, tmp_path / "trace", []
+
+    def stop_and_start(*arguments: Any, **options: Any) -> Any:
+        stops.append(threading.Thread(target=study.stop))
+        stops[0].start()
+        # Where nothing holds it up, it has stopped all that runs by now: nothing.
+        stops[0].join(1)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", stop_and_start)
+    command = ["python", "-c", f"import time; time.sleep(5); open({str(trace)!r}, 'w')"]
+    with pytest.raises(UserError, match="The step train failed"):
+        pipeline.steps.once("train", command)
+    stops[0].join()
+    assert not trace.exists()
+    assert not (pipeline.logs / "train.done").exists()
+    assert not (pipeline.logs / "running.pid").exists()
+
+
+def test_a_stop_just_after_the_last_look_for_it_starts_nothing(tmp_path, monkeypatch):
+    method = Method("IMA", "nnUNetTrainerIMA", {"num_epochs": 1})
+    study = Study(tmp_path, "plans", PlannedNetwork(), [method], [], "cpu")
+    ((_, run),) = study.jobs(tmp_path / "nnUNet_preprocessed" / "Dataset004_Hippocampus")
+    look = study._unless_stopped
+
+    def look_then_stop() -> None:
+        look()
+        study.stop()
+
+    monkeypatch.setattr(study, "_unless_stopped", look_then_stop)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a command was started"))
+    with pytest.raises(UserError, match="was not begun, as the work was stopped"):
+        run()
 
 
 def test_a_folder_is_held_by_one_at_a_time(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,42 @@ def _train(trainer: Any, rank: int, folder: Path) -> None:
         "log": {k: v[-1] for k, v in trainer.logger.local_logger.my_fantastic_logging.items() if v},
     }
     torch.save(found, folder / f"{type(trainer).__name__}_{rank}.pt")
+
+
+def measure(rank: int, folder: str, project: Any, error: Exception) -> None:
+    """Begin an epoch on each rank, where measuring the strength of attacks fails on the second one.
+
+    How each ended is written to ``folder``.
+    """
+    import nnunet_project
+
+    from nnunet_ima import trainers
+    from nnunet_ima.trainers.nnUNetTrainerSAT import nnUNetTrainerSAT
+
+    def strength(*_: object) -> float:
+        if rank == 1:
+            raise error
+        return 1.0
+
+    torch.set_num_threads(1)
+    trainers.nnUNetTrainerAdversarial.training_autocast = lambda _: partial(torch.autocast, "cpu", dtype=torch.float16)
+    trainers.nnUNetTrainerAdversarial.attack_strength = strength
+    with project.in_force(), nnunet_project.quiet():
+        os.environ["nnUNet_results"] = str(Path(folder) / f"rank_{rank}")
+        trainer = nnunet_project.make_trainer(project, nnUNetTrainerSAT, "2d_tiny", robust_patches=2)
+        trainer.initialize()
+        trainer.on_train_start()
+        rendezvous = f"file://{folder}/rendezvous"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(minutes=3))
+        trainer.is_ddp, trainer.local_rank = True, rank
+        trainer.network = DistributedDataParallel(trainer.network)
+        # Both have their group by now, so that only what is measured can be waited for.
+        trainer.from_all_ranks(rank)
+        try:
+            trainer.on_train_epoch_start()
+            ended = "it went on"
+        except BaseException as caught:
+            ended = f"{type(caught).__name__}: {caught}"
+        (Path(folder) / f"ended_{rank}").write_text(ended)
+        # Without a word to the other one, as a process that dies does.
+        os._exit(0)

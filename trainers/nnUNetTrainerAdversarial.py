@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.files import atomic_path, remove_leftovers, write_text
 from nnunet_ima.fixed_patches import fixed_patches
-from nnunet_ima.gradient_error import gradient_error
+from nnunet_ima.gradient_error import GradientError, gradient_error
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, SegmentationLoss, first
 from nnunet_ima.lp import random_in_ball
@@ -133,6 +133,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self._robust_dice: RobustDice | None = None
         self._by_cpu: Any = None
         self.attack_autocast: Autocast = nullcontext
+        # Whether attacks are in mixed precision; None before it was measured, and where trainings are in single.
+        self._attacks_mixed: bool | None = None
         self._graphs: CudaGraphs | None = None
         self._refusal_told = False
         self._no_room = False
@@ -230,6 +232,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self._learned_before = frozenset(self._saved.get("training_cases", ()))
             self.best_robust = self._saved.get("best_robust")
             self.load_method_state(self._saved["state"])
+            self._take_up_precision(self._saved.get("attacks_mixed"))
             self._unknown_start = bool(self._saved.get("started_from_unknown"))
         known = self._learned_before & self._cases_of(self.dataloader_val)
         if known and self.fold != "all":
@@ -337,27 +340,45 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         """
         mixed = training_autocast(self.device)
         self._epochs_here += 1
-        due = self._epochs_here == 1 or self.current_epoch % (self.settings.robust_every or Settings.robust_every) == 0
-        if mixed is nullcontext or not due:
+        every = self.settings.robust_every or Settings.robust_every
+        if mixed is nullcontext or (self._attacks_mixed is not None and self.current_epoch % every):
             self._keep_graphs()
             return
         before, self.attack_autocast = self.attack_autocast, nullcontext
+        self._attacks_mixed = False
         if self._patches is not None:
-            strength = min(self.from_all_ranks(self._strength(mixed)))
-            images, targets = self._patches
-            error = gradient_error(self.bare_network, images, targets, self.sample_loss, mixed)
-            if strength >= LEAST_STRENGTH:
+            measured = self.computed_by_all(lambda: self._measured(mixed))
+            strength, error = min(strength for strength, _ in measured), measured[0][1]
+            self._attacks_mixed = strength >= LEAST_STRENGTH
+            if self._attacks_mixed:
                 self.attack_autocast = mixed
             self.print_to_log_file(
                 f"PGD in mixed precision finds {strength:.2%} of what it finds in single precision (gradients are "
                 f"off by {error.relative:.2%} at most, {error.zeros:.2%} of voxels lost); attacks run in "
-                f"{'mixed' if strength >= LEAST_STRENGTH else 'single'} precision."
+                f"{'mixed' if self._attacks_mixed else 'single'} precision."
             )
         if (before is nullcontext) == (self.attack_autocast is nullcontext):
             self.attack_autocast = before
         else:
             self._graphs = None
         self._keep_graphs()
+
+    def _take_up_precision(self, attacks_mixed: bool | None) -> None:
+        """Go on in the precision that a checkpoint's training attacked in, until the next measurement is due.
+
+        A new measurement may come out otherwise. None, of an older checkpoint or a training on a CPU: measure at once.
+        """
+        mixed = training_autocast(self.device)
+        if mixed is nullcontext or attacks_mixed is None:
+            return
+        self._attacks_mixed = bool(attacks_mixed)
+        self.attack_autocast = mixed if attacks_mixed else nullcontext
+
+    def _measured(self, mixed: Autocast) -> tuple[float, GradientError]:
+        """Strength of an attack in mixed precision, and by how much its gradients are off."""
+        assert self._patches is not None
+        strength = self._strength(mixed)
+        return strength, gradient_error(self.bare_network, *self._patches, self.sample_loss, mixed)
 
     def _strength(self, mixed: Autocast) -> float:
         """What PGD with the inner attack's steps finds at ε/3 in mixed precision, as a share of single precision's."""
@@ -566,6 +587,32 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         dist.all_gather_object(gathered, value, group=self._by_cpu)
         return gathered
 
+    def computed_by_all(self, compute: Callable[[], T]) -> list[T]:
+        """What each rank computes, in their order. Where one fails all do, instead of waiting for it forever.
+
+        Args:
+            compute: asks nothing of the other ranks.
+
+        Raises:
+            Exception: this rank's own, if it failed here.
+            UserError: another rank failed; its error is named.
+        """
+        failure: Exception | None = None
+        mine: tuple[T | None, str | None]
+        try:
+            mine = compute(), None
+        except Exception as error:
+            if not self.is_ddp:
+                raise
+            failure, mine = error, (None, f"{type(error).__name__}: {_one_line(error)}")
+        everyone = self.from_all_ranks(mine)
+        if failure is not None:
+            raise failure
+        for rank, (_, reason) in enumerate(everyone):
+            if reason is not None:
+                raise UserError(f"Rank {rank} failed ({reason}), so all ranks end; see its own message.")
+        return cast("list[T]", [value for value, _ in everyone])
+
     # ---- checkpoints
 
     def save_checkpoint(self, filename: str) -> None:
@@ -573,7 +620,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        self.my_init_kwargs[KEY] = {**self.described(), "state": self.method_state()}
+        now = {"attacks_mixed": self._attacks_mixed, "state": self.method_state()}
+        self.my_init_kwargs[KEY] = {**self.described(), **now}
         try:
             self._write(Path(filename), super().save_checkpoint)
         finally:
