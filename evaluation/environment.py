@@ -10,6 +10,7 @@ import io
 import os
 import pkgutil
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_ima.errors import UserError
+
+# A module that is imported lazily may do the same; what still goes on after so many rounds is left alone.
+MOST_ROUNDS = 5
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -65,6 +69,7 @@ def find_trainer(name: str) -> Any:
 @contextlib.contextmanager
 def our_trainers_too() -> Iterator[None]:
     """Let nnU-Net find our trainers beside those of ``nnUNet_extTrainer``, quietly, for the time of a look-up."""
+    _settle_modules()
     before = os.environ.get("nnUNet_extTrainer")
     os.environ["nnUNet_extTrainer"] = os.pathsep.join([*([before] if before else []), str(trainers_folder())])
     try:
@@ -75,6 +80,21 @@ def our_trainers_too() -> Iterator[None]:
             del os.environ["nnUNet_extTrainer"]
         else:
             os.environ["nnUNet_extTrainer"] = before
+
+
+def _settle_modules() -> None:
+    """Let modules that import others when asked for their path do so now.
+
+    nnU-Net asks all of them in a loop, which ends with an error if one is added meanwhile.
+    """
+    asked = 0
+    for _ in range(MOST_ROUNDS):
+        if asked == len(sys.modules):
+            return
+        asked = len(sys.modules)
+        for module in list(sys.modules.values()):
+            with contextlib.suppress(Exception):
+                _ = module.__path__
 
 
 def versions() -> dict[str, str]:

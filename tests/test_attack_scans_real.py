@@ -72,7 +72,11 @@ def trained(way: Scans, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     *seen, unseen = project.names()
     write(project.preprocessed / "splits_final.json", [{"train": seen, "val": [unseen]}])
     # Several epochs: nnU-Net lowers the rate between them, and what is found no longer hangs on the last batches.
-    length = {"num_epochs": EPOCHS, "num_iterations_per_epoch": way.iterations // EPOCHS, "initial_lr": way.learning_rate}
+    length = {
+        "num_epochs": EPOCHS,
+        "num_iterations_per_epoch": way.iterations // EPOCHS,
+        "initial_lr": way.learning_rate,
+    }
     with project.in_force():
         with quiet():
             trainer = make_trainer(project, nnUNetTrainerSTD, way.configuration, **length)
