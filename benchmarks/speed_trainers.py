@@ -86,9 +86,9 @@ def make(kind: type[Any], ground: Ground, device: torch.device, **settings: Any)
     return trainer
 
 
-def make_all(ground: Ground, device: torch.device) -> dict[str, Any]:
+def make_all(ground: Ground, device: torch.device, **settings: Any) -> dict[str, Any]:
     """One trainer of each kind."""
-    return {name: make(kind, ground, device) for name, kind in KINDS.items()}
+    return {name: make(kind, ground, device, **settings) for name, kind in KINDS.items()}
 
 
 def prepare_step(trainer: Any, batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -276,14 +276,16 @@ def _step_in_double(
     return points, crossed, attacked, margins, loss, gradient
 
 
-def measure_trainers(ground: Ground, device: torch.device, steps: int, title: str) -> dict[str, Any]:
-    """The part for one dimension.
+def measure_trainers(
+    ground: Ground, device: torch.device, steps: int, title: str, **settings: Any
+) -> dict[str, Any]:
+    """The part for one dimension; ``settings`` differ from those of this program.
 
     Raises:
         RuntimeError: the straightforward reference and IMA do not do the same work.
     """
     with at_work(ground):
-        trainers = make_all(ground, device)
+        trainers = make_all(ground, device, **settings)
         agreed = check(trainers)
         result = measure(trainers, trainers[TE].dataloader_train, steps, title)
     plan = trainers[STOCK].configuration_manager
