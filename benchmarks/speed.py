@@ -8,7 +8,7 @@ against a straightforward PGD. Memory: of a step, in a process of its own. Savin
     python benchmarks/speed.py --data <Task04_Hippocampus> -device cuda
 
 On a CPU the networks are small, and ``-o`` gives the half-trained 2D one; what is missing is planned, preprocessed and
-trained for some minutes in ``--work``, on 24 cases. On CUDA they are as planned, in the trainers' own precision.
+trained for a while in ``--work``, on 24 cases. On CUDA they are as planned, in the trainers' own precision.
 Parts that are run again replace what the result holds of them; others stay, with the conditions they were run under.
 """
 
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         for part in options.parts:
             title = f"{part}, {dimension}"
             if part == "trainers":
-                found: Any = measure_trainers(ground, device, options.steps, title)
+                found: Any = measure_trainers(ground, device, options.steps, options.warm_up, title)
             elif part == "memory":
                 found = {"mib": measure_memory(ground, list(KINDS), device, title)}
             elif part == "attacks":
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
                 found = {"rows": measure_attacks(attacked, names, options.level, options.samples, device)}
                 found |= {"level": f"L2 {options.level}", "samples": options.samples}
             else:
-                found = {"rows": measure_savings(ground, device, options.steps, title)}
+                found = {"rows": measure_savings(ground, device, options.steps, options.warm_up, title)}
             result.setdefault(dimension, {})[part] = {"conditions": _conditions(options, device), **found}
             result["settings"] = {**SETTINGS, "margins": {"mean": MARGIN, "standard_deviation": SPREAD}}
             options.results.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("demo/speed"), help="where to make what is missing")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--dimensions", nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS))
-    parser.add_argument("--steps", type=int, default=15, help="measured of each trainer, after two to warm up")
+    parser.add_argument("--steps", type=int, default=15, help="measured of each trainer")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each trainer before those")
     parser.add_argument("--samples", type=int, default=8, help="validation slices or tiles that are attacked")
     parser.add_argument("--attacks", nargs="+", default=list(ITEMS), metavar="NAME", help="instead of all of them")
     parser.add_argument("--level", default="5", help="L2, of the attacks")
@@ -105,6 +106,7 @@ def _conditions(options: argparse.Namespace, device: torch.device) -> dict[str, 
     shown += ["-o", "WORK"] if options.output else []
     shown += ["--data", options.data.resolve().name] if options.data else []
     shown += ["--parts", *options.parts, "--dimensions", *options.dimensions, "--steps", str(options.steps)]
+    shown += ["--warm-up", str(options.warm_up)]
     shown += ["--samples", str(options.samples), "--level", options.level, "-device", device.type]
     shown += ["--attacks", *options.attacks] if options.attacks != list(ITEMS) else []
     shown += ["--compile"] if options.compile else []

@@ -1,7 +1,7 @@
 """What ``speed.py`` measures on: preprocessed data and a half-trained stock model, for 2D and 3D.
 
 A folder of ``hippocampus_small.py`` serves as it is, for the small 2D network. Whatever it does not hold is made in a
-folder of the benchmark's own: some cases of a task (or a phantom) planned, preprocessed, and trained for some minutes.
+folder of the benchmark's own: some cases of a task (or a phantom) planned, preprocessed, and trained for a while.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SMALL: dict[Dimension, SmallNetwork] = {
     "3d": SmallNetwork("3d_small", "3d_fullres", features=8, most_features=64, batch_size=2),
 }
 PLANNED: dict[Dimension, PlannedNetwork] = {"2d": PlannedNetwork("2d"), "3d": PlannedNetwork("3d_fullres")}
-LENGTHS: dict[Dimension, dict[str, Any]] = {"2d": LENGTH, "3d": {**LENGTH, "num_epochs": 6}}
+LENGTHS: dict[Dimension, dict[str, Any]] = {"2d": LENGTH, "3d": {**LENGTH, "num_epochs": 12}}
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class PlainNetwork:
         images = images.detach().requires_grad_(True)
         with self.autocast():
             outputs = self.network(images)
-        # Half precision would lose the gradient of a mean over voxels; only its direction counts. A power of two changes
-        # no digit of it.
+        # Half precision would lose the gradient of a mean over voxels. Only the direction counts, and a power of two
+        # changes no digit.
         loss = self.loss(outputs, self.targets).sum() * 2.0 ** images[0, 0].numel().bit_length()
         torch.autograd.backward(loss)
         assert images.grad is not None

@@ -50,7 +50,7 @@ SAVINGS: dict[str, Saving] = {
 }
 
 
-def measure_savings(ground: Ground, device: torch.device, steps: int, title: str) -> list[dict[str, Any]]:
+def measure_savings(ground: Ground, device: torch.device, steps: int, warm_up: int, title: str) -> list[dict[str, Any]]:
     """One row for each change: seconds as a share of IMA's step, passes, and what is found."""
     with at_work(ground):
         trainers = {STOCK: make(KINDS[STOCK], ground, device), IMA: make(KINDS[IMA], ground, device)}
@@ -59,7 +59,7 @@ def measure_savings(ground: Ground, device: torch.device, steps: int, title: str
             if saving.change is not None:
                 saving.change(trainers[name])
         loader = make(KINDS[TE], ground, device).dataloader_train
-        found = measure(trainers, loader, steps, title)["rows"]
+        found = measure(trainers, loader, steps, warm_up, title)["rows"]
         strengths = _strengths(trainers, loader, max(3, steps // 2))
     return [
         {

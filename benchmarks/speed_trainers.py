@@ -48,7 +48,6 @@ KINDS: dict[str, type[Any]] = {
 SETTINGS: dict[str, Any] = {"epsilon": 15.0, "delta_epsilon": 2.0, "te_start": 0.0, "te_end": 0.0, "snapshots": 0}
 ON_CPU = {"robust_every": 0}
 MARGIN, SPREAD = 4.0, 1.0
-WARM_UP = 2
 SHARES = ("foreground", "correct", "perturbed", "crossed")
 PLAIN_PASSES = ((PlainNetwork, "gradient"), (PlainNetwork, "dice"))
 # In double precision, where both orders of summation give the same.
@@ -109,13 +108,14 @@ def step_of(trainer: Any, batch: Mapping[str, Any], seed: int) -> tuple[float, M
     return seconds, found.get("counts", [{"samples": samples, "forward_passes": samples}])[0]
 
 
-def measure(trainers: Mapping[str, Any], loader: Any, steps: int, title: str) -> dict[str, Any]:
+def measure(trainers: Mapping[str, Any], loader: Any, steps: int, warm_up: int, title: str) -> dict[str, Any]:
     """Ratios, passes and parts of every trainer, and what loading costs.
 
     Args:
         trainers: by name, the stock one among them.
         loader: TE's, whose batches hold what every trainer needs.
-        steps: of each, after two to warm up.
+        steps: of each.
+        warm_up: steps of each that do not count, before those.
         title: of the progress bar.
     """
     stock = trainers[STOCK]
@@ -124,7 +124,7 @@ def measure(trainers: Mapping[str, Any], loader: Any, steps: int, title: str) ->
     ratios: dict[str, list[float]] = {name: [] for name in others}
     counted: dict[str, list[Mapping[str, float]]] = {name: [] for name in trainers}
     loading: dict[str, list[float]] = {name: [] for name in (STOCK, IMA, TE) if name in trainers}
-    for step in tqdm(range(WARM_UP + steps), desc=title, unit="round", dynamic_ncols=True):
+    for step in tqdm(range(warm_up + steps), desc=title, unit="round", dynamic_ncols=True):
         batch = next(loader)
         before, counts = step_of(stock, batch, step)
         around = [before]
@@ -133,12 +133,12 @@ def measure(trainers: Mapping[str, Any], loader: Any, steps: int, title: str) ->
             own, found = step_of(trainers[name], batch, step)
             after, _ = step_of(stock, batch, step)
             around.append(after)
-            if step >= WARM_UP:
+            if step >= warm_up:
                 seconds[name].append(own)
                 ratios[name].append(2 * own / (before + after))
                 counted[name].append(found)
             before = after
-        if step >= WARM_UP:
+        if step >= warm_up:
             seconds[STOCK] += around
             counted[STOCK].append(counts)
             for name, times in loading.items():
@@ -277,7 +277,7 @@ def _step_in_double(
 
 
 def measure_trainers(
-    ground: Ground, device: torch.device, steps: int, title: str, **settings: Any
+    ground: Ground, device: torch.device, steps: int, warm_up: int, title: str, **settings: Any
 ) -> dict[str, Any]:
     """The part for one dimension; ``settings`` differ from those of this program.
 
@@ -287,7 +287,7 @@ def measure_trainers(
     with at_work(ground):
         trainers = make_all(ground, device, **settings)
         agreed = check(trainers)
-        result = measure(trainers, trainers[TE].dataloader_train, steps, title)
+        result = measure(trainers, trainers[TE].dataloader_train, steps, warm_up, title)
     plan = trainers[STOCK].configuration_manager
     return {
         "network": {
