@@ -56,7 +56,7 @@ def models_of(dimension: Dimension, models: Path | None, ground: Ground) -> dict
         for name, method in (("stock", STD_LONGER), ("IMA", IMA)):
             if (pipeline.fold_folder(dataset, method) / "checkpoint_final.pth").is_file():
                 found[name] = (pipeline, method)
-    return found or {"stock, half-trained": (ground.pipeline, ground.method)}
+    return found or {ground.method.title: (ground.pipeline, ground.method)}
 
 
 def measure_attacks(

@@ -87,7 +87,7 @@ def find_ground(
     pipeline = Pipeline(work / f"{dimension}_{network.name}", "nnUNetPlansSpeed", network, device, compiled=compiled)
     task = data or make_phantom_task(work / "Task901_Phantom", CASES, enhancement=PHANTOM_ENHANCEMENT)
     dataset = pipeline.prepare(_some_cases(task, work))
-    method = Method("stock, half-trained", "nnUNetTrainerSTD", LENGTHS[dimension])
+    method = Method(f"stock {dimension}, half-trained", "nnUNetTrainerSTD", LENGTHS[dimension])
     pipeline.write_plans(dataset, [method])
     pipeline.train(dataset, method)
     return Ground(pipeline, dataset, method)

@@ -82,7 +82,9 @@ def _strengths(trainers: Mapping[str, Any], loader: Any, batches: int) -> dict[s
     for seed in tqdm(range(batches), desc="strength", unit="batch", dynamic_ncols=True):
         batch = next(loader)
         for name in values:
-            values[name].append(_found(trainers[name], judge, batch, seed))
+            found = _found(trainers[name], judge, batch, seed)
+            # The clean pass is the same for all: where IMA perturbs nothing, none does.
+            values[name] += [] if found is None else [found]
     means = {name: [mean(column) for column in zip(*rows, strict=True)] for name, rows in values.items()}
     keys = ("loss", "distance", "margin")
     return {
@@ -91,8 +93,8 @@ def _strengths(trainers: Mapping[str, Any], loader: Any, batches: int) -> dict[s
     }
 
 
-def _found(trainer: Any, judge: Any, batch: Mapping[str, Any], seed: int) -> tuple[float, float, float]:
-    """Mean loss and distance of the perturbed samples, and mean new margin of the batch."""
+def _found(trainer: Any, judge: Any, batch: Mapping[str, Any], seed: int) -> tuple[float, float, float] | None:
+    """Mean loss, distance and new margin of the perturbed samples; None if there are none."""
     mine, kept = prepare_step(trainer, batch, seed), copy.deepcopy(trainer.margins)
     record: dict[str, Tensor] = {}
     generate = trainer._generate
@@ -104,10 +106,12 @@ def _found(trainer: Any, judge: Any, batch: Mapping[str, Any], seed: int) -> tup
 
     with patch.object(trainer, "_generate", spy):
         trainer.train_step(mine)
-    margin = float(trainer.margins.margins(trainer.samples_of(batch)).mean())
+    margins = trainer.margins.margins(trainer.samples_of(batch))[record["index"].cpu()]
     trainer.margins = kept
+    if not len(margins):
+        return None
     targets = [part.to(judge.device)[record["index"]] for part in mine["target"]]
     with torch.no_grad():
         loss = judge.sample_loss(judge.bare_network(record["found"]), targets)
     distance = (record["found"] - record["images"]).flatten(1).norm(dim=1)
-    return float(loss.mean()), float(distance.mean()), margin
+    return float(loss.mean()), float(distance.mean()), float(margins.mean())
