@@ -314,7 +314,7 @@ def check(trainers: Mapping[str, Any], tries: int = 20) -> Agreement:
         if found.crossed or not found.same_crossed or found.images > TOLERANCE:
             break
     raise RuntimeError(
-        f"IMA and the straightforward reference do not do the same work, or nothing crossed in {tries} batches: {found}."
+        f"IMA and its reference do not do the same work, or nothing crossed in {tries} batches: {found}."
     )
 
 
