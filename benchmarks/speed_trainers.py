@@ -227,10 +227,10 @@ def _step_in_double(
     trainer: Any, batch: Mapping[str, Any], seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor]:
     """Perturbed images, which crossed, which were attacked, new margins, loss, gradient of the weights."""
-    mine, table = prepare_step(trainer, batch, seed), trainer.margins
+    table, kept = trainer.margins, copy.deepcopy(trainer.margins)
+    mine = prepare_step(trainer, batch, seed)
     samples, images = trainer.samples_of(batch), mine["data"].double()
     mine["data"] = images
-    kept = copy.deepcopy(table)
     crossed, attacked = (torch.zeros(len(images), dtype=torch.bool) for _ in range(2))
     points, record = images.clone(), {}
 
