@@ -37,6 +37,7 @@ from nnunet_ima.threat import ThreatModel
 STEPS, BISECTIONS = 8, 6
 # Of the tiny networks, which learned for seconds.
 TINY = {"dice_threshold": 0.3, "robust_every": 0}
+SHORT = {**TINY, "steps": 4, "bisections": 3}
 
 
 def in_double(kind: str, seed: int, samples: int = 8) -> Any:
@@ -180,7 +181,7 @@ def test_the_straightforward_step_does_imas_work(ground, monkeypatch):
     device = torch.device("cpu")
     with speed_trainers.at_work(ground):
         names = (speed_trainers.IMA, speed_trainers.PLAIN, speed_trainers.TE)
-        trainers = {name: speed_trainers.make(speed_trainers.KINDS[name], ground, device, **TINY) for name in names}
+        trainers = {name: speed_trainers.make(speed_trainers.KINDS[name], ground, device, **SHORT) for name in names}
         before = {name: value.clone() for name, value in trainers[speed_trainers.IMA].network.state_dict().items()}
         found = speed_trainers.check(trainers, tries=20)
         assert found.attacked >= found.crossed > 0
@@ -208,6 +209,7 @@ def test_the_program_writes_ratios_of_all_trainers_and_attacks(ground, tmp_path,
     monkeypatch.setattr(speed_attacks, "prepared", prepared)
     chosen = ["pgd", "square", "autoattack fast, threshold"]
     command = ["speed.py", "--parts", "trainers", "attacks", "--dimensions", "2d", "--steps", "1", "--samples", "4"]
+    command += ["--warm-up", "0"]
     monkeypatch.setattr(sys, "argv", [*command, "--results", str(tmp_path), "--contended", "--attacks", *chosen])
     speed.main()
     result = json.loads((tmp_path / "speed_cpu.json").read_text())["2d"]
