@@ -1,0 +1,117 @@
+"""What would make an IMA step cheaper, and what it would cost in strength: changes measured beside IMA as it is.
+
+A change is tried on the same batches, margins and noise. Strength is what the inner attack finds: the loss of the
+perturbed samples, how far they are from the clean ones, and where the margins go.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from statistics import mean
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from speed_models import Ground
+from speed_trainers import IMA, KINDS, STOCK, TE, at_work, make, measure, prepare_step
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Saving(NamedTuple):
+    """A change to IMA.
+
+    Attributes:
+        predicted: by what share of a step it was thought to be shorter, before it was measured, and why.
+        settings: that differ.
+        change: what is done to the trainer.
+    """
+
+    predicted: str
+    settings: Mapping[str, Any]
+    change: Callable[[Any], None] | None = None
+
+
+def _bfloat16(trainer: Any) -> None:
+    trainer.attack_autocast = partial(torch.autocast, trainer.device.type, dtype=torch.bfloat16)
+
+
+def _channels_last(trainer: Any) -> None:
+    two = len(trainer.configuration_manager.patch_size) == 2
+    trainer.network.to(memory_format=torch.channels_last if two else torch.channels_last_3d)
+
+
+SAVINGS: dict[str, Saving] = {
+    "6 bisections instead of 10": Saving("8 %: four forward passes of the crossed samples", {"bisections": 6}),
+    "attack passes in bfloat16": Saving("up to 50 % where the CPU computes in it (AMX), else a loss", {}, _bfloat16),
+    "network in channels-last": Saving("some %: oneDNN's own layout, for training passes too", {}, _channels_last),
+}
+
+
+def measure_savings(ground: Ground, device: torch.device, steps: int, warm_up: int, title: str) -> list[dict[str, Any]]:
+    """One row for each change: seconds as a share of IMA's step, passes, and what is found."""
+    with at_work(ground):
+        trainers = {STOCK: make(KINDS[STOCK], ground, device), IMA: make(KINDS[IMA], ground, device)}
+        for name, saving in SAVINGS.items():
+            trainers[name] = make(KINDS[IMA], ground, device, **saving.settings)
+            if saving.change is not None:
+                saving.change(trainers[name])
+        loader = make(KINDS[TE], ground, device).dataloader_train
+        found = measure(trainers, loader, steps, warm_up, title)["rows"]
+        strengths = _strengths(trainers, loader, max(3, steps // 2))
+    return [
+        {
+            "change": name,
+            "predicted": SAVINGS[name].predicted if name in SAVINGS else None,
+            "ratio": found[name]["ratio"],
+            "share_of_ima": round(found[name]["ratio"]["median"] / found[IMA]["ratio"]["median"], 3),
+            "passes_per_sample": found[name]["passes_per_sample"],
+            **strengths[name],
+        }
+        for name in trainers
+        if name != STOCK
+    ]
+
+
+def _strengths(trainers: Mapping[str, Any], loader: Any, batches: int) -> dict[str, dict[str, float]]:
+    """Means over all perturbed samples of some batches, as a share of what IMA finds as it is."""
+    values: dict[str, list[tuple[float, float, float]]] = {name: [] for name in trainers if name != STOCK}
+    judge = trainers[IMA]
+    for seed in tqdm(range(batches), desc="strength", unit="batch", dynamic_ncols=True):
+        batch = next(loader)
+        for name in values:
+            found = _found(trainers[name], judge, batch, seed)
+            # The clean pass is the same for all: where IMA perturbs nothing, none does.
+            values[name] += [] if found is None else [found]
+    means = {name: [mean(column) for column in zip(*rows, strict=True)] for name, rows in values.items()}
+    keys = ("loss", "distance", "margin")
+    return {
+        name: {key: round(own / whole, 5) for key, own, whole in zip(keys, found, means[IMA], strict=True)}
+        for name, found in means.items()
+    }
+
+
+def _found(trainer: Any, judge: Any, batch: Mapping[str, Any], seed: int) -> tuple[float, float, float] | None:
+    """Mean loss, distance and new margin of the perturbed samples; None if there are none."""
+    mine, kept = prepare_step(trainer, batch, seed), copy.deepcopy(trainer.margins)
+    record: dict[str, Tensor] = {}
+    generate = trainer._generate
+
+    def spy(images: Tensor, targets: Any, index: Tensor, threat: Any) -> Any:
+        found = generate(images, targets, index, threat)
+        record.update(images=images, index=index, found=found[0])
+        return found
+
+    with patch.object(trainer, "_generate", spy):
+        trainer.train_step(mine)
+    margins = trainer.margins.margins(trainer.samples_of(batch))[record["index"].cpu()]
+    trainer.margins = kept
+    if not len(margins):
+        return None
+    targets = [part.to(judge.device)[record["index"]] for part in mine["target"]]
+    with torch.no_grad():
+        loss = judge.sample_loss(judge.bare_network(record["found"]), targets)
+    distance = (record["found"] - record["images"]).flatten(1).norm(dim=1)
+    return float(loss.mean()), float(distance.mean()), float(margins.mean())
