@@ -37,7 +37,7 @@ WANTED = {"unchanged": 0, "without IMA": 1}
 # What was attacked: the baseline's samples, or others.
 WAYS = ("same samples", "other samples")
 # Points that may be lost: the default, the example's, and more.
-DROPS = ("1", "5", "10", "20")
+DROPS = ("1", "5", "20")
 
 
 def main() -> None:
@@ -162,7 +162,9 @@ def table(result: dict[str, Any]) -> str:
     """How often the gate gave which status, and how TVDI and its changes scatter."""
     base, rows = result["baseline"], result["rows"]
     conditions = list(base["tvdi"])
-    shown = ", ".join(f"{name} {value:.1f} ({low:.1f} to {high:.1f})" for name, (value, low, high) in base["tvdi"].items())
+    shown = ", ".join(
+        f"{name} {value:.1f} ({low:.1f} to {high:.1f})" for name, (value, low, high) in base["tvdi"].items()
+    )
     lines = [f"Baseline, {base['samples']} slices of {base['cases']} cases, TVDI in %: {shown}\n"]
     lines += ["How many seeds ended with status 0 / 1 / 2, by `--max-drop`:\n"]
     lines += ["| model | attacked | seeds | " + " | ".join(f"{drop} points" for drop in DROPS) + " |"]
@@ -175,12 +177,17 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {model} | {way} | {len(mine)} | {cells} |")
     lines += ["\nTVDI in %, lowest to highest of the seeds; standard deviation over seeds, half the width of a run's "
               "interval, and in how many seeds that interval holds the seeds' mean:\n"]  # fmt: skip
-    lines += ["| model | attacked | condition | TVDI | deviation | half width | holds the mean |", "| --- |" + " --- |" * 6]
+    lines += [
+        "| model | attacked | condition | TVDI | deviation | half width | holds the mean |",
+        "| --- |" + " --- |" * 6,
+    ]
     for model, way in groups:
         mine = [row for row in rows if (row["model"], row["way"]) == (model, way)]
         for condition in conditions:
             lines.append(f"| {model} | {way} | {condition} | {_scatter([row['tvdi'][condition] for row in mine])} |")
-    lines += ["\nChange against the baseline in points: its range over the seeds, and the outermost ends of its intervals:\n"]
+    lines += [
+        "\nChange against the baseline in points: its range over the seeds, and the outermost ends of its intervals:\n"
+    ]
     lines += ["| model | attacked | condition | change | interval |", "| --- |" + " --- |" * 4]
     for model, way in groups:
         mine = [row for row in rows if (row["model"], row["way"]) == (model, way)]

@@ -184,7 +184,9 @@ def figures(run_folder: Path) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Times of the steps, then TVDI and verdicts of each run."""
     runs = result["runs"]
-    lines = ["Seconds: wall clock / CPU time of all its processes (other programs were at work where the load says so)\n"]
+    lines = [
+        "Seconds: wall clock / CPU time of all its processes (other programs were at work where the load says so)\n"
+    ]
     lines += ["| step | " + " | ".join(f"run {one['number']}" for one in runs) + " |"]
     lines += ["| --- |" + " --- |" * len(runs)]
     for name in dict.fromkeys(step["name"] for one in runs for step in one["steps"]):
@@ -200,7 +202,9 @@ def table(result: dict[str, Any]) -> str:
     for one in runs:
         for name, steps, model in (("run", one["steps"], "IMA"), ("run_stock", one["stock"], "stock")):
             found = one["figures"][name]
-            judged = next((VERDICTS[step["status"]] for step in steps if step["name"].startswith("Judge")), "no baseline")
+            judged = next(
+                (VERDICTS[step["status"]] for step in steps if step["name"].startswith("Judge")), "no baseline"
+            )
             cells = " | ".join(f"{100 * found['tvdi'][condition]:.1f}" for condition in conditions)
             checks = "passed" if found["trusted"] else "FAILED"
             lines.append(f"| {one['number']} | {model} | {cells} | {checks} | {judged} |")

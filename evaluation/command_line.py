@@ -189,7 +189,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive, default=64, help="samples at once; changes no number")
     parser.add_argument("--seed", type=int, default=0, help="of the attacks; default 0")
     parser.add_argument(
-        "--samples-seed", type=int, default=0, help="of the choice that --max-samples makes; default 0, whatever --seed is"
+        "--samples-seed",
+        type=int,
+        default=0,
+        help="of the choice that --max-samples makes; default 0, whatever --seed is",
     )
     parser.add_argument("--no-cases", action="store_true", help="skip the case level")
     whole = parser.add_mutually_exclusive_group()
