@@ -12,8 +12,8 @@ from results_of_runs import make_run
 from nnunet_ima.evaluation.command_line import main
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import gate_seeds  # noqa: E402
-import gate_workflow  # noqa: E402
+import gate_seeds
+import gate_workflow
 
 (JOB,) = yaml.safe_load(gate_workflow.WORKFLOW.read_text(encoding="utf-8"))["jobs"].values()
 
