@@ -4,7 +4,7 @@ On the two models of ``hippocampus_small.py`` of the same length. The baseline i
 the commands of docs/gate.md; then, for each further seed, both models are attacked again and judged by it: once on the
 baseline's samples with another seed of the attacks (``--seed``), and once with another choice of samples, too
 (``--samples-seed``), which then can only be compared by their intervals. All with the attacks and the number of samples
-of the example workflow. An hour on one free core; started again, it goes on where it stopped.
+of the example workflow. Some twenty minutes of one core for each way; started again, it goes on where it stopped.
 
     python benchmarks/gate_seeds.py -o <folder of hippocampus_small.py> [--seeds 20] [-device cpu]
 """
@@ -33,7 +33,6 @@ from nnunet_ima.files import write_text
 ATTACKS = ("white-noise:draws=5", "apgd:loss=balanced-ce,steps=20")
 LEVEL = "5"
 MODELS: dict[str, Method] = {"unchanged": IMA, "without IMA": STD_LONGER}
-WANTED = {"unchanged": 0, "without IMA": 1}
 # What was attacked: the baseline's samples, or others.
 WAYS = ("same samples", "other samples")
 # Points that may be lost: the default, the example's, and more.
@@ -49,15 +48,21 @@ def main() -> None:
     first = evaluated(pipeline, "unchanged", 0, 0, options)
     if not baseline.is_file() and nnunet_ima("gate", str(first), "--write-baseline", str(baseline))[0]:
         sys.exit(f"{first} makes no baseline: a check failed.")
-    rows = []
     for way in options.ways:
-        for seed in range(1, options.seeds + 1):
-            for name in MODELS:
-                run = evaluated(pipeline, name, seed, 0 if way == "same samples" else seed, options)
-                rows.append({"way": way, "seed": seed, "model": name, **judged(run, baseline)})
+        rows = [
+            {"way": way, "seed": seed, "model": name, **judged(run, baseline)}
+            for seed in range(1, options.seeds + 1)
+            for name in MODELS
+            for run in [evaluated(pipeline, name, seed, 0 if way == "same samples" else seed, options)]
+        ]
+        write_results(options, way, figures(first), rows)
+
+
+def write_results(options: argparse.Namespace, way: str, baseline: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """One JSON and one table for each way, as they may be of different numbers of seeds."""
     result = {
         "command": f"python benchmarks/gate_seeds.py -o WORK --seeds {options.seeds} --samples {options.samples}"
-        f" --ways {' '.join(repr(way) for way in options.ways)} -device {options.device}",
+        f" --ways '{way}' -device {options.device}",
         "attacks": [f"{attack}@l2:{LEVEL}" for attack in ATTACKS],
         "hardware": {
             "machine": platform.machine(),
@@ -65,13 +70,13 @@ def main() -> None:
             "device": options.device,
         },
         "versions": versions(),
-        "baseline": figures(first),
+        "baseline": baseline,
         "rows": rows,
     }
-    text = table(result)
+    text, stem = table(result), f"gate_seeds_{way.replace(' ', '_')}"
     options.results.mkdir(parents=True, exist_ok=True)
-    write_text(options.results / "gate_seeds.json", json.dumps(result, indent=1) + "\n")
-    write_text(options.results / "gate_seeds.md", text)
+    write_text(options.results / f"{stem}.json", json.dumps(result, indent=1) + "\n")
+    write_text(options.results / f"{stem}.md", text)
     sys.stdout.write(text)
 
 
