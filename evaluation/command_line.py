@@ -187,7 +187,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
     parser.add_argument("--batch-size", type=_positive, default=64, help="samples at once; changes no number")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--seed", type=int, default=0, help="of the attacks; default 0")
+    parser.add_argument(
+        "--samples-seed",
+        type=int,
+        default=0,
+        help="of the choice that --max-samples makes; default 0, whatever --seed is",
+    )
     parser.add_argument("--no-cases", action="store_true", help="skip the case level")
     whole = parser.add_mutually_exclusive_group()
     whole.add_argument(
@@ -373,6 +379,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             max_samples=options.max_samples,
             batch_size=options.batch_size,
             seed=options.seed,
+            samples_seed=options.samples_seed,
             case_level=not options.no_cases,
             device=options.device,
             output=options.output,
@@ -435,6 +442,7 @@ def _select(options: argparse.Namespace) -> int:
         max_samples=options.max_samples,
         batch_size=64,
         seed=options.seed,
+        samples_seed=options.seed,
         case_level=False,
         device=options.device,
         output=options.output,

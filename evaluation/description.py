@@ -42,6 +42,8 @@ def identify(evaluation: Evaluation, cases: Sequence[str], chunk: int) -> dict[s
         "version of": versions(),
         # Only then: runs from before there was a choice can still be continued.
         **({"end to end": evaluation.end_to_end} if evaluation.end_to_end != "off" else {}),
+        # Before there was a choice, it was the attacks' seed.
+        **({"samples seed": evaluation.samples_seed} if _chosen_apart(evaluation) else {}),
     }
 
 
@@ -65,6 +67,7 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
         "patch_size": [int(size) for size in model.configuration.patch_size],
         "seed": evaluation.seed,
         "max_samples": evaluation.max_samples,
+        "samples_seed": evaluation.samples_seed,
         # Of a stock model, only the splits file beside the preprocessed data tells; it is taken at its word.
         "trained_on_these_cases": model.fold == "all" or bool(model.training_cases & set(cases)),
         "started_from_unknown_weights": model.started_from_unknown,
@@ -74,6 +77,10 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
         "command": command,
         "versions": versions(),
     }
+
+
+def _chosen_apart(evaluation: Evaluation) -> bool:
+    return evaluation.max_samples is not None and evaluation.samples_seed != evaluation.seed
 
 
 def _end_to_end(evaluation: Evaluation) -> dict[str, Any]:

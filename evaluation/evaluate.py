@@ -55,6 +55,7 @@ class Request:
     num_parts: int = 1
     part_id: int = 0
     end_to_end: EndToEnd = "off"
+    samples_seed: int = 0
 
 
 def evaluate(request: Request, progress: bool = True) -> Path:
@@ -100,6 +101,7 @@ def evaluate(request: Request, progress: bool = True) -> Path:
         num_parts=request.num_parts,
         part_id=request.part_id,
         end_to_end=request.end_to_end,
+        samples_seed=request.samples_seed,
     )
     begun_before = (output / RUN_FILE).exists()
     try:

@@ -69,9 +69,11 @@ class Evaluation:
         levels: noise levels.
         max_samples: attack no more samples than this, whole cases first; None for all.
         batch_size: samples attacked at once. It changes memory and speed, no number.
-        seed: of attacks and of the choice of samples.
+        seed: of attacks.
         num_parts, part_id: attack every ``num_parts``-th case only, from the ``part_id``-th.
         end_to_end: whether each attack is also run on whole cases, through the sliding window.
+        samples_seed: of the choice of samples: apart from ``seed``, so that runs of other seeds can be compared sample
+            by sample.
     """
 
     model: TrainedModel
@@ -88,6 +90,7 @@ class Evaluation:
     num_parts: int = 1
     part_id: int = 0
     end_to_end: EndToEnd = "off"
+    samples_seed: int = 0
 
     def run(self, folder: Path, command: str) -> None:
         """Attack whatever the records in ``folder`` do not hold yet; each result is noted there at once.
@@ -97,7 +100,7 @@ class Evaluation:
         """
         cases = ValidationCases(self.model)
         selection = select_samples(
-            cases, self.max_samples, self.seed, self.progress, self.num_parts, self.part_id, self.case_level
+            cases, self.max_samples, self.samples_seed, self.progress, self.num_parts, self.part_id, self.case_level
         )
         if not selection.samples and self.num_parts == 1:
             raise UserError(

@@ -224,6 +224,7 @@ VARIANTS = (
     "--batch-size 3",
     "--batch-size 64",
     "--batch-size 64 --seed 0",
+    "--batch-size 64 --samples-seed 1",
     "--batch-size 3 --seed 1",
 )
 
@@ -250,6 +251,15 @@ def test_another_seed_gives_other_noise(variants):
         for options in (VARIANTS[0], VARIANTS[-1])
     ]
     assert noise[0] != noise[1]
+
+
+def test_another_seed_attacks_the_same_samples_unless_others_are_asked_for(variants):
+    first, others, other_noise = (
+        [(row["case"], row["tile"]) for row in variants[options].samples]
+        for options in (VARIANTS[0], "--batch-size 64 --samples-seed 1", VARIANTS[-1])
+    )
+    assert first == other_noise
+    assert first != others
 
 
 # ---- protocols and budgets

@@ -70,7 +70,7 @@ SUBSTITUTES: tuple[tuple[str, str | None, str], ...] = (
     (r"(.*) hippocampus_017(.*)", r"\1 phantom_003\2", "the project's cases are phantoms"),
     (r"(.*) --cases 40(.*)", rf"\1 --cases {CASES}\2", "there are no more"),
     (
-        r"(.*) num_epochs=12 num_iterations_per_epoch=50(.*)",
+        r"(.*) num_epochs=\d+ num_iterations_per_epoch=50(.*)",
         r"\1 num_epochs=1 num_iterations_per_epoch=2\2",
         "a short training will do",
     ),

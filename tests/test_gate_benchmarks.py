@@ -1,0 +1,92 @@
+"""What benchmarks/gate_workflow.py and gate_seeds.py run and read; the measurements themselves take too long here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from results_of_runs import make_run
+
+from nnunet_ima.evaluation.command_line import main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import gate_seeds
+import gate_workflow
+
+(JOB,) = yaml.safe_load(gate_workflow.WORKFLOW.read_text(encoding="utf-8"))["jobs"].values()
+
+
+def test_all_steps_are_run_as_they_stand_but_for_the_installation(tmp_path):
+    here, kept = tmp_path / "robustness" / "baseline.json", tmp_path / "run_1" / "robustness" / "baseline.json"
+    shown = {step["name"]: step["run"] for step in JOB["steps"] if "run" in step}
+    for first in (True, False):
+        found = dict(gate_workflow.blocks(JOB, here, kept, first))
+        assert list(found) == [*list(shown)[:-2], "Baseline", *list(shown)[-2:]]
+        assert list(found)[-2:] == ["Judge", "Show"]
+        different = {name for name in shown if found[name] != shown[name]}
+        assert different == {"Install"}
+        assert "pip install ." in shown["Install"]
+        assert found["Install"] == shown["Install"].replace("pip install .\n", "")
+        assert ("--write-baseline robustness/baseline.json" in found["Baseline"]) == first
+        assert (str(kept) in found["Baseline"]) == (not first)
+
+
+def test_the_stock_model_is_attacked_and_judged_as_the_hardened_one_is():
+    attack, judge = (step["run"] for step in JOB["steps"] if step.get("name") in ("Attack", "Judge"))
+    attack, judge = map(gate_workflow.of_stock_model, (attack, judge))
+    assert "-c 2d_std -tr nnUNetTrainerSTD" in attack
+    assert "ima " not in (attack + judge).replace("nnunet_ima ", "")
+    assert "-o run_stock" in attack
+    assert "report run_stock -o report_stock" in attack
+    assert "gate run_stock --baseline robustness/baseline.json" in judge
+    assert "-o gate_stock" in judge
+
+
+def test_a_step_hands_variables_on_and_is_run_once(tmp_path):
+    gate_workflow.once(tmp_path, "One", 'echo "colour=blue" >> "$GITHUB_ENV"', {})
+    environment = {"place": "${{ github.workspace }}/x"}
+    for _ in range(2):
+        done = gate_workflow.once(tmp_path, "Two", 'echo "$colour $place" >> found', environment)
+    assert (tmp_path / "found").read_text() == f"blue {tmp_path}/x\n"
+    assert done["status"] == 0
+    gate_workflow.once(tmp_path, "Two", "echo again >> found", environment)
+    assert (tmp_path / "found").read_text().endswith("again\n")
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_only_a_gate_may_end_with_a_status(tmp_path, status):
+    assert gate_workflow.once(tmp_path, "Judge", f"exit {status}", {})["status"] == status
+    with pytest.raises(SystemExit, match=f"ended with {status}"):
+        gate_workflow.once(tmp_path, "Train", f"false || exit {status}\ntrue", {})
+    with pytest.raises(SystemExit):
+        gate_workflow.once(tmp_path, "Judge the stock model", "exit 3", {})
+
+
+def test_the_cpu_time_is_that_of_the_step(tmp_path):
+    """A step that waits has none; one that works for a second, in a process of its own, has that."""
+    work = f"{sys.executable} -c 'import time\nwhile time.process_time() < 1: pass'"
+    assert gate_workflow.once(tmp_path, "Wait", "sleep 0.1", {})["cpu"] < 0.9
+    assert gate_workflow.once(tmp_path, "Work", work, {})["cpu"] >= 0.9
+
+
+def test_what_the_gate_said_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate_seeds, "DROPS", ("1", "50"))
+    good = make_run(tmp_path / "good", clean=0.9, attacked={"2": 0.8}, seed=0)
+    baseline = tmp_path / "baseline.json"
+    assert main(["gate", str(good), "--write-baseline", str(baseline)]) == 0
+    same = gate_seeds.judged(good, baseline)
+    assert same["exit_status"] == {"1": 0, "50": 0}
+    assert same["change"] == {"clean": [0, 0, 0], "apgd:steps=4@l2:2": [0, 0, 0]}
+    fragile = make_run(tmp_path / "fragile", clean=0.9, attacked={"2": 0.4}, seed=3)
+    found = gate_seeds.judged(fragile, baseline)
+    assert found["exit_status"] == {"1": 1, "50": 0}
+    change, low, high = found["change"]["apgd:steps=4@l2:2"]
+    assert low < change < high < -1
+    before, now = (one["tvdi"]["apgd:steps=4@l2:2"] for one in (same, found))
+    assert change == pytest.approx(now[0] - before[0], abs=0.1)
+    assert now[1] < now[0] < now[2]
+    others = gate_seeds.judged(make_run(tmp_path / "others", clean=0.9, attacked={"2": 0.8}, cases=12), baseline)
+    assert len(others["change"]["clean"]) == 3
+    assert others["cases"] == 12
