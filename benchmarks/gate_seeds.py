@@ -73,7 +73,7 @@ def write_results(options: argparse.Namespace, way: str, baseline: dict[str, Any
         "baseline": baseline,
         "rows": rows,
     }
-    text, stem = table(result), f"gate_seeds_{way.replace(' ', '_')}"
+    text, stem = table(result), f"gate_seeds_{way.replace(' ', '_')}_{options.samples}"
     options.results.mkdir(parents=True, exist_ok=True)
     write_text(options.results / f"{stem}.json", json.dumps(result, indent=1) + "\n")
     write_text(options.results / f"{stem}.md", text)
