@@ -240,7 +240,7 @@ def _budget(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "tenfold": mean(lowest),
         "tenfold_members": {member: mean(part["dice"]) for member, part in tenfold.items() if part},
         "tenfold_missing": [member for member, part in tenfold.items() if not part],
-        "devices": {what: part["device"] for what, part in (("standard", standard), *tenfold.items()) if part},
+        "devices": {what: part.get("device") for what, part in (("standard", standard), *tenfold.items()) if part},
         "independent": mean(adam["dice"]) if adam else None,
         "passes": {
             "standard": standard["passes"] if standard else None,

@@ -131,8 +131,10 @@ def once(workspace: Path, name: str, block: str, environment: dict[str, str]) ->
     file = logs / f"{name.replace(' ', '_')}.json"
     if file.is_file():
         done: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if done["run"] == block:
-            return done
+        if done["run"] != block:
+            # What came after it was made of what it left.
+            sys.exit(f"{workspace} holds a run of another workflow ({name} differs); remove it.")
+        return done
     print(f"{workspace.name}: {name}", flush=True)
     load, before, started = os.getloadavg()[0], _cpu_seconds(), time.monotonic()
     status = _bash(workspace, logs / f"{file.stem}.log", block, environment)

@@ -55,6 +55,8 @@ def run(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     use_threads_as_told(device)
     names = known(options.attacks)
+    if options.samples < 2:
+        raise UserError("--samples must be at least 2: PGD and its reference are compared on two first.")
     file = options.results / f"speed_{device.type}.json"
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for dimension in options.dimensions:

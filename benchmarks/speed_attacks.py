@@ -54,7 +54,8 @@ def models_of(dimension: Dimension, models: Path | None, ground: Ground) -> dict
         pipeline = Pipeline(models, "nnUNetPlansSmall", NETWORK, ground.pipeline.device, make_folders=False)
         (dataset,) = pipeline.folders["nnUNet_preprocessed"].glob("Dataset*")
         for name, method in (("stock", STD_LONGER), ("IMA", IMA)):
-            if (pipeline.fold_folder(dataset, method) / "checkpoint_final.pth").is_file():
+            # Asked for its fold, a pipeline adds a split that is not there, and nothing may be changed here.
+            if any(pipeline.model(dataset, method).glob("fold_*/checkpoint_final.pth")):
                 found[name] = (pipeline, method)
     return found or {ground.method.title: (ground.pipeline, ground.method)}
 

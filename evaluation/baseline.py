@@ -38,6 +38,9 @@ def baseline_of(results: Results) -> Baseline:
     samples = list(zip(table.cases.tolist(), table.tiles.tolist(), strict=True))
     names = ("model", "protocol", "criterion", "classes", "patch_size", "seed", "versions")
     about = {name: results.summary[name] for name in names}
+    # Which samples: those of older runs were chosen by the attacks' seed.
+    about["max_samples"] = results.summary["max_samples"]
+    about["samples_seed"] = results.summary.get("samples_seed", results.summary["seed"])
     keys = [UNTOUCHED, *((item["attack"], item["level"]) for item in results.attacked)]
     return Baseline(about, samples, {key: results.samples[key].counts for key in keys})
 

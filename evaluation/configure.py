@@ -177,12 +177,7 @@ def in_force(
         UserError: the trainer or configuration is unknown, or the data is not preprocessed.
     """
     settings_of(planned, configuration)
-    try:
-        found = find_trainer(trainer)
-    except (RuntimeError, AssertionError):
-        raise UserError(
-            f"There is no trainer {trainer}; ours are in the folder that nnunet_ima trainers prints."
-        ) from None
+    found = find_trainer(trainer)
     # Asked for by what it can do: this package knows nothing of the trainers'.
     if not hasattr(found, "preview"):
         raise UserError(f"{trainer} is none of our trainers, so it has no settings of ours; use nnUNetTrainerIMA.")

@@ -43,7 +43,7 @@ def identify(evaluation: Evaluation, cases: Sequence[str], chunk: int) -> dict[s
         # Only then: runs from before there was a choice can still be continued.
         **({"end to end": evaluation.end_to_end} if evaluation.end_to_end != "off" else {}),
         # Before there was a choice, it was the attacks' seed.
-        **({"samples seed": evaluation.samples_seed} if _chosen_apart(evaluation) else {}),
+        **({"samples seed, if not the attacks'": evaluation.samples_seed} if _chosen_apart(evaluation) else {}),
     }
 
 

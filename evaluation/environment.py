@@ -53,9 +53,25 @@ def find_trainer(name: str) -> Any:
     reasons that have nothing to do with ours (``transformers``' aliases import others when asked for their path).
 
     Raises:
-        RuntimeError, AssertionError: nnU-Net's own, if it finds none or one that is no nnUNetTrainer.
-        ImportError: a trainer does not import.
+        UserError: there is none, one that is no nnUNetTrainer, or the look-up failed.
     """
+    try:
+        return _found_trainer(name)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        if reason.startswith("Could not find requested"):
+            raise UserError(
+                f"There is no trainer {name}; add its folder to the environment variable nnUNet_extTrainer (ours are "
+                f"found without)."
+            ) from None
+        # nnU-Net imports all of its own trainers first, and what these need must be there.
+        raise UserError(
+            f"nnU-Net could not look up the trainer {name} ({reason[:200]}); see that all of its trainers import, and "
+            f"that this one is a subclass of nnUNetTrainer."
+        ) from error
+
+
+def _found_trainer(name: str) -> Any:
     for module in pkgutil.iter_modules([str(trainers_folder())]):
         content = importlib.import_module(f"nnunet_ima.trainers.{module.name}")
         found = getattr(content, name, None)
@@ -69,11 +85,11 @@ def find_trainer(name: str) -> Any:
 @contextlib.contextmanager
 def our_trainers_too() -> Iterator[None]:
     """Let nnU-Net find our trainers beside those of ``nnUNet_extTrainer``, quietly, for the time of a look-up."""
-    _settle_modules()
     before = os.environ.get("nnUNet_extTrainer")
     os.environ["nnUNet_extTrainer"] = os.pathsep.join([*([before] if before else []), str(trainers_folder())])
     try:
         with contextlib.redirect_stdout(io.StringIO()):
+            _settle_modules()
             yield
     finally:
         if before is None:

@@ -203,20 +203,7 @@ def _checkpoint_file(folder: Path, fold: Fold, checkpoint_name: str) -> Path:
 def _build_network(
     trainer: str, plans: PlansManager, configuration: ConfigurationManager, dataset_json: Mapping[str, Any]
 ) -> nn.Module:
-    try:
-        trainer_class = find_trainer(trainer)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        if reason.startswith("Could not find requested"):
-            raise UserError(
-                f"The model was trained by {trainer}, which is not found; add its folder to the environment variable "
-                f"nnUNet_extTrainer."
-            ) from None
-        # nnU-Net imports all of its own trainers first, and what these need must be there.
-        raise UserError(
-            f"The model was trained by {trainer}, which nnU-Net could not look up ({reason[:200]}); see that all of "
-            f"its trainers import, and that this one is a subclass of nnUNetTrainer."
-        ) from error
+    trainer_class = find_trainer(trainer)
     _refuse_foreign_code(configuration)
     channels = determine_num_input_channels(plans, configuration, dataset_json)
     heads = plans.get_label_manager(dataset_json).num_segmentation_heads

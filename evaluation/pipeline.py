@@ -228,6 +228,9 @@ class Pipeline:
         """Attack a trained method; returns the folder of the results."""
         folder, command = self.results(method, attacks), self.evaluate_command(dataset, method, attacks)
         step = folder.name
+        if not (folder / "summary.json").is_file():
+            # Results that somebody took away are made again.
+            self.steps.forget(step)
         if not self.steps.is_done(step, command) and not _was_begun(folder, command):
             # A result of other attacks that was made here.
             shutil.rmtree(folder, ignore_errors=True)
@@ -297,6 +300,10 @@ class Pipeline:
     def steps(self) -> Steps:
         """The commands, with nnU-Net's folders in ``output``; always the same, as whoever stops them stops all."""
         return Steps(self.logs, self._environment())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process starts commands of its own; a lock could not go there.
+        return {name: value for name, value in vars(self).items() if name != "steps"}
 
     def _environment(self) -> dict[str, str]:
         # One core loads and augments; more than four gain nothing on networks as small as these.

@@ -115,7 +115,8 @@ def _measure(request: Request) -> Candidate:
     assert request.output is not None
     checkpoint = _model_of(request) / f"fold_{request.fold}" / request.checkpoint
     # Not the command as typed: with another budget for clean Dice, the measurements are the same.
-    way = (request.attacks, request.norm, request.levels, request.max_samples, request.seed, request.device)
+    seeds = (request.seed, request.samples_seed)
+    way = (request.attacks, request.norm, request.levels, request.max_samples, *seeds, request.device)
     folder, request = request.output, replace(request, command=f"{MINE} {way}")
     begun = read_run(folder)["head"] if (folder / RUN_FILE).is_file() else {}
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else ""

@@ -57,6 +57,7 @@ class Steps:
         log = self.logs / f"{step}.log"
         running = self.logs / "running.pid"
         _refuse_if_alive(running)
+        self._refuse_if_stopped(step)
         with log.open("w", encoding="utf-8") as stream:
             process = self._start(step, command, stream)
             try:
@@ -74,8 +75,7 @@ class Steps:
 
     def _start(self, step: str, command: Sequence[str], log: IO[str]) -> subprocess.Popen[bytes]:
         with self._starting:
-            if self._stopped:
-                raise UserError(f"The step {step} was not begun, as the work was stopped.")
+            self._refuse_if_stopped(step)
             self._process = subprocess.Popen(
                 [_program(command[0]), *command[1:]],
                 stdout=log,
@@ -84,6 +84,10 @@ class Steps:
             )
             return self._process
 
+    def _refuse_if_stopped(self, step: str) -> None:
+        if self._stopped:
+            raise UserError(f"The step {step} was not begun, as the work was stopped.")
+
     def stop(self) -> None:
         """Begin no further command, and end the one that runs; it is told so, and what it wrote stays."""
         with self._starting:
@@ -91,6 +95,10 @@ class Steps:
             if self._process is not None:
                 # Nothing is sent to one that has ended.
                 self._process.terminate()
+
+    def forget(self, step: str) -> None:
+        """A step whose results are gone is not done any more."""
+        (self.logs / f"{step}.done").unlink(missing_ok=True)
 
     def is_done(self, step: str, command: Sequence[str]) -> bool:
         """Whether a step ended well before, by this very command; an attack with fewer steps is another one."""

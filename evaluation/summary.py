@@ -84,7 +84,7 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
         f"Protocol `{protocol['name']}`, norm {_norm_name(protocol['norm'])}; level in {protocol['unit']}; "
         f"a perturbed image stays in {protocol['range']}.",
         f"{summary['clean']['n_samples']} samples (slices or tiles with foreground), "
-        f"{summary['clean']['n_cases']} whole cases, seed {summary['seed']}. Dice in %. Correct: Dice above "
+        f"{summary['clean']['n_cases']} whole cases, {_seeds(summary)}. Dice in %. Correct: Dice above "
         f"{100 * summary['criterion']['dice_threshold']:g} %.",
         "",
         "| attack | level | TVDI | ADI | correct samples | case Dice | HD95 (mm) | surface Dice |",
@@ -267,6 +267,12 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+def _seeds(summary: Mapping[str, Any]) -> str:
+    samples = summary.get("samples_seed", summary["seed"])
+    chosen = summary["max_samples"] is not None and samples != summary["seed"]
+    return f"seed {summary['seed']}" + (f" (samples chosen with {samples})" if chosen else "")
 
 
 def _norm_name(norm: str) -> str:

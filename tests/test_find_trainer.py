@@ -11,6 +11,7 @@ import pytest
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import find_trainer, our_trainers_too, trainers_folder
 
 
@@ -57,5 +58,5 @@ def test_others_are_found_as_nnunet_finds_them(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
     assert find_trainer("nnUNetTrainerOfSomebody").__name__ == "nnUNetTrainerOfSomebody"
     assert os.environ["nnUNet_extTrainer"] == str(tmp_path)
-    with pytest.raises(RuntimeError, match="Could not find requested"):
+    with pytest.raises(UserError, match="There is no trainer nnUNetTrainerOfNobody"):
         find_trainer("nnUNetTrainerOfNobody")

@@ -183,7 +183,7 @@ def test_a_model_that_was_evaluated_unrounded_is_not_carried_on_as_rounded(tmp_p
     unpack(state, there)
     for work in (here, there):
         before = (work / FOLD / "checkpoint_final.pth").read_bytes()
-        with pytest.raises(UserError, match="was measured with weights in single precision"):
+        with pytest.raises(UserError, match="hold results of weights in single precision"):
             run(a_study(work, state)[0])
         assert (work / FOLD / "checkpoint_final.pth").read_bytes() == before
 

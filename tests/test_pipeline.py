@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation import steps as module
-from nnunet_ima.evaluation.pipeline import Method, Pipeline, SmallNetwork
+from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, SmallNetwork
 
 NETWORK = SmallNetwork("2d_small", features=8, most_features=16, batch_size=4)
 
@@ -49,6 +51,28 @@ def test_a_step_that_failed_names_its_last_line_and_its_log_and_runs_again(pipel
             pipeline.steps.once("step", failing)
     assert str(pipeline.output / "logs" / "step.log") in str(error.value)
     assert trace.read_text(encoding="utf-8") == "xx"
+
+
+def test_an_evaluation_whose_results_were_taken_away_is_made_again(pipeline, tmp_path, monkeypatch):
+    method, attacks = Method("stock", "nnUNetTrainerSTD", {}), Attacks("sound", ("5",), ("fgsm",))
+    folder, trace = pipeline.results(method, attacks), tmp_path / "trace"
+    write = f"import pathlib; p = pathlib.Path({str(folder)!r}); p.mkdir(); (p / 'summary.json').write_text('')"
+    monkeypatch.setattr(pipeline, "evaluate_command", lambda *_: note(trace, then=write))
+    for _ in range(2):
+        assert pipeline.evaluate(tmp_path, method, attacks) == folder
+    assert trace.read_text(encoding="utf-8") == "x"
+    shutil.rmtree(folder)
+    pipeline.evaluate(tmp_path, method, attacks)
+    assert trace.read_text(encoding="utf-8") == "xx"
+    assert (folder / "summary.json").is_file()
+
+
+def test_a_pipeline_can_be_sent_to_another_process_after_its_first_command(pipeline, tmp_path):
+    pipeline.steps.once("step", note(tmp_path / "trace"))
+    other = pickle.loads(pickle.dumps(pipeline))
+    assert other.folders == pipeline.folders
+    other.steps.once("step", note(tmp_path / "trace"))
+    assert (tmp_path / "trace").read_text(encoding="utf-8") == "x"
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_work(pipeline, tmp_path):

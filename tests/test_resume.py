@@ -295,7 +295,7 @@ def test_stopped_in_parts_and_in_other_batches_an_ensemble_chooses_the_same_poin
     ("changed", "named"),
     [
         (("--seed", "1"), "seed: 0 there, 1 here"),
-        (("--samples-seed", "1"), "samples seed: None there, 1 here"),
+        (("--samples-seed", "1"), "samples seed, if not the attacks': None there, 1 here"),
         (("--protocol", "paper"), "protocol: sound there, paper here"),
         (("--norm", "linf", "--levels", "1/255"), "norm: l2 there, linf here"),
         (("--levels", "2"), "levels: 2 8 there, 2 here"),

@@ -151,8 +151,9 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
 
 
 def _settings(summary: dict[str, Any]) -> dict[str, Any]:
-    names = ("model", "protocol", "criterion", "classes", "seed", "max_samples", "device", "versions")
-    return {name: summary[name] for name in names}
+    names = ("model", "protocol", "criterion", "classes", "seed", "max_samples", "samples_seed", "device", "versions")
+    # Older runs have no seed of their own for the choice of samples.
+    return {name: summary[name] for name in names if name in summary}
 
 
 def _worst(setting: Setting) -> list[dict[str, Any]]:
