@@ -85,12 +85,14 @@ def _cases(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
     if level is None:
         return None
     series, ticks = [], {}
+    # The legend names the models: their names would run into each other under the axis.
+    attacked = f"{setting.norm_name} {level}" if len(setting.runs) < 5 else level
     whole = all(run.cases.get(key) for run in setting.runs for key in (UNTOUCHED, setting.worst(run, level)))
     spread = np.random.default_rng(0)
     for number, run in enumerate(setting.runs):
-        for shift, where, name in ((0.25, UNTOUCHED, "clean"), (0.75, setting.worst(run, level), level)):
+        for shift, where, name in ((0.25, UNTOUCHED, "clean"), (0.75, setting.worst(run, level), attacked)):
             x = number + shift
-            ticks[x] = f"{run.title}, {name}" if len(setting.runs) < 4 else name
+            ticks[x] = name
             points = [
                 Point(x + float(spread.uniform(-0.13, 0.13)), 100 * dice, title=f"{case}: {100 * dice:.1f}")
                 for case, dice in run.case_dice(where, whole).items()
@@ -103,7 +105,7 @@ def _cases(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
     return Drawing(
         "Case by case",
         chart(f"Dice of each case: {setting.name}", Axis("", 0.0, float(len(setting.runs)), ticks),
-              percent_axis("Dice of a case (%)"), series, legend=len(setting.runs) > 3),
+              percent_axis("Dice of a case (%)"), series),
         f"A dot is a case, the line their median; clean, and at {setting.norm_name} {level} under the attack that is "
         f"worst for the model.",
     )  # fmt: skip
