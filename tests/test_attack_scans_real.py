@@ -119,7 +119,7 @@ def test_plain_prediction_of_the_files_has_the_case_dice_of_the_report(way, trai
           read(attacked_scans / "attack.json")["cases"])  # fmt: skip
     # Otherwise the rest would state little.
     assert clean > 0.15
-    assert attacked < clean - 0.05
+    assert attacked < clean - 0.03
     assert plain == pytest.approx(attacked, abs=0.01)
     (case,) = read(attacked_scans / "attack.json")["cases"]
     assert case["dice_in_evaluation"] == pytest.approx(attacked, abs=1e-6)
