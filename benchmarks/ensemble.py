@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softmax
 
 from nnunet_ima.attacks import APGD, FAB, Attack, AutoAttack, Square, TargetedAPGD
+from nnunet_ima.attacks.autoattack import VERSIONS
 from nnunet_ima.attacks.graphs import CudaGraphs
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
@@ -53,7 +54,7 @@ LEVELS: dict[Norm, tuple[str, ...]] = {"l2": ("5", "10", "15"), "linf": ("1/255"
 MODELS: dict[str, Method] = {"stock": STD_LONGER, "ima": IMA}
 # Where an attack leaves some Dice: at 0 no budget could find less.
 TENFOLD_AT = {"stock": "2", "ima": "5"}
-MEMBERS = ("apgd-dice-ce", "apgd-ce", "apgd-dlr", "apgd-balanced-ce", "apgd-t", "fab", "square")
+MEMBERS = tuple(VERSIONS["standard"])
 ADAM_STEPS, ADAM_RESTARTS, ADAM_RATE = 500, 2, 0.02
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from nnunet_ima.attack_losses import LOSSES
-from nnunet_ima.attacks import ATTACKS, Attack
+from nnunet_ima.attacks import ATTACKS, Attack, AutoAttack
 from nnunet_ima.attacks.attack import MODES
 from nnunet_ima.errors import UserError
 from nnunet_ima.threat import ThreatModel
@@ -61,6 +61,19 @@ def parse_attack(text: str) -> AttackChoice:
     except ValueError as error:
         raise UserError(f"The attack {text!r} cannot be: {error}") from error
     return AttackChoice(name, text, partial(attack, **settings))
+
+
+def members_of_choice(choice: AttackChoice) -> dict[str, dict[str, Any]] | None:
+    """Settings of an ensemble's members by name, for JSON; None for any other attack."""
+    attack = choice.make(ThreatModel("l2", 0.0))
+    if not isinstance(attack, AutoAttack):
+        return None
+    return {name: _settings_of(member) for name, member in attack.chosen_members().items()}
+
+
+def _settings_of(attack: Attack) -> dict[str, Any]:
+    own = {field.name: getattr(attack, field.name) for field in fields(attack) if field.name not in _SHARED}
+    return {"attack": attack.name, "loss": attack.loss or attack.default_loss, **own}
 
 
 def _read_word(attack: str, key: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nnunet_ima.evaluation.attack_choice import members_of_choice
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.identity import digest
 from nnunet_ima.evaluation.metrics import Region
@@ -22,6 +23,8 @@ def identify(evaluation: Evaluation, cases: Sequence[str], chunk: int) -> dict[s
         chunk: samples that go through the network at once.
     """
     model = evaluation.model
+    members = {attack.text: members_of_choice(attack) for attack in evaluation.attacks}
+    ensembles = {text: found for text, found in members.items() if found is not None}
     return {
         "model": {
             **model.describe(),
@@ -40,6 +43,8 @@ def identify(evaluation: Evaluation, cases: Sequence[str], chunk: int) -> dict[s
         "samples in a pass": chunk,
         "device": evaluation.device.type,
         "version of": versions(),
+        # What stands behind the name of an ensemble may change with our version or without.
+        **({"ensembles": ensembles} if ensembles else {}),
         # Only then: runs from before there was a choice can still be continued.
         **({"end to end": evaluation.end_to_end} if evaluation.end_to_end != "off" else {}),
         # Before there was a choice, it was the attacks' seed.

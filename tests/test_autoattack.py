@@ -1,5 +1,7 @@
 """The ensemble: nothing but the best of its members."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,10 +101,28 @@ def test_versions_are_made_of_attacks_with_what_they_share(version):
 def test_the_standard_has_the_budgets_of_the_original():
     members = AutoAttack(ThreatModel("l2", 1.0)).chosen_members()
     assert {name: member.steps for name, member in members.items() if name != "square"} == dict.fromkeys(
-        ("apgd-dice-ce", "apgd-ce", "apgd-dlr", "apgd-balanced-ce", "apgd-t", "fab"), 100
-    )
+        ("apgd-balanced-ce", "apgd-dice-ce-shrinking", "apgd-dice-odds", "apgd-dice-ce", "apgd-ce", "apgd-dlr",
+         "apgd-t", "fab"), 100
+    )  # fmt: skip
     assert members["apgd-t"].targets == 9
     assert members["square"].n_queries == 5000
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("2d classes", 0), ("2d regions", 1), ("3d classes", 2)])
+def test_no_sample_is_left_better_by_the_standard_than_by_the_cheaper_strong(kind, seed):
+    problem = make_problem(kind, seed)
+    low, high = float(problem.images.min()), float(problem.images.max())
+    found = {}
+    for version in ("strong", "standard"):
+        attack = AutoAttack(ThreatModel("l2", 3.0, low, high), problem.criterion, version=version)
+        # As few steps for all, or this would take minutes.
+        short = {name: shorter(member) for name, member in attack.chosen_members().items()}
+        found[version] = replace(attack, members=short)(problem.network, problem.images, problem.targets).dice
+    assert (found["standard"] <= found["strong"]).all()
+
+
+def shorter(member):
+    return replace(member, n_queries=10) if isinstance(member, Square) else replace(member, steps=8)
 
 
 def test_what_cannot_be_is_refused_with_a_sentence():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from results_of_runs import ATTACK, ENSEMBLE, make_run
 
+from nnunet_ima.attacks import APGD
+from nnunet_ima.attacks.autoattack import VERSIONS
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.attack_choice import members_of_choice, parse_attack
 from nnunet_ima.evaluation.baseline import baseline_of, read_baseline, write_baseline
 from nnunet_ima.evaluation.ensembles import figures_of_members, points_for_tvdi
-from nnunet_ima.evaluation.identity import sealed
+from nnunet_ima.evaluation.identity import differences, sealed
 from nnunet_ima.evaluation.merge import merge
 from nnunet_ima.evaluation.metrics import Array, tvdi
 from nnunet_ima.evaluation.outcomes import CLEAN, KEPT, MemberScore, Outcome, Point, SampleKey, SampleScore
@@ -249,3 +253,20 @@ def counts_of(some: list[dict[str, str]], prefix: str = "") -> Array:
     return np.array(
         [[[float(row[f"{prefix}{kind}_{label}"]) for kind in ("tp", "fp", "fn")] for label in (1, 2)] for row in some]
     )
+
+
+def test_a_run_notes_what_stands_behind_the_name_of_an_ensemble(monkeypatch):
+    """So that one is not continued with other members, nor with members of another budget."""
+    choice = parse_attack("autoattack:version=fast")
+    before = members_of_choice(choice)
+    assert before == members_of_choice(parse_attack("autoattack:version=fast"))
+    assert {name: member["loss"] for name, member in before.items()} == {
+        "apgd-dice-ce": "dice-ce",
+        "apgd-balanced-ce": "balanced-ce",
+    }
+    json.dumps(before)
+    monkeypatch.setitem(VERSIONS["fast"], "apgd-dice-ce", partial(APGD, loss="dice-ce", steps=51))
+    assert differences(before, members_of_choice(choice)) == ["apgd-dice-ce steps: 50 there, 51 here"]
+    monkeypatch.delitem(VERSIONS["fast"], "apgd-balanced-ce")
+    assert any("apgd-balanced-ce" in text for text in differences(before, members_of_choice(choice)))
+    assert members_of_choice(parse_attack("apgd")) is None
