@@ -581,8 +581,8 @@ def test_a_trainer_that_cannot_be_looked_up_says_why(model, data, refused, monke
     checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
     torch.save({**checkpoint, "trainer_name": "nnUNetTrainer_2epochs"}, model / "fold_0" / "checkpoint_final.pth")
     sentence = refused("-m", str(model), *SHORT)
-    assert "could not look up (operator torchvision::nms does not exist)" in sentence
-    assert "not found" not in sentence
+    assert "could not look up the trainer nnUNetTrainer_2epochs (operator torchvision::nms does not exist)" in sentence
+    assert "There is no trainer" not in sentence
 
 
 def test_an_unknown_trainer_setting_does_not_hinder_the_evaluation(project, model, tmp_path):
