@@ -99,7 +99,10 @@ def check(command: Command, arguments: list[str], read: Any) -> None:
     elif program == "python":
         script = ROOT / rest[0]
         assert script.is_file(), f"{command.place}: there is no {rest[0]}"
-        read(lambda: runpy.run_path(str(script), run_name="__main__"), command, rest)
+        # As Python does for a script, which may import what lies beside it.
+        with pytest.MonkeyPatch.context() as here:
+            here.syspath_prepend(script.parent)
+            read(lambda: runpy.run_path(str(script), run_name="__main__"), command, rest)
     elif program == "make":
         done = subprocess.run(["make", "--dry-run", *rest], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, f"{command.place}: {done.stderr}"
