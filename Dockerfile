@@ -28,11 +28,11 @@ ENV nnUNet_raw=/data/nnUNet_raw \
 
 # Not root, and no trouble for any other user that `docker run --user` names: a home that all may write to, and a name,
 # which torch.compile asks for.
-RUN useradd --uid 1000 --create-home nnunet \
+RUN useradd --uid 1000 --home-dir /opt/nnunet --create-home nnunet \
     && mkdir -p /data/nnUNet_raw /data/nnUNet_preprocessed /data/nnUNet_results \
     && chown -R nnunet /data \
-    && chmod 1777 /home/nnunet
-ENV HOME=/home/nnunet USER=nnunet
+    && chmod 1777 /opt/nnunet
+ENV HOME=/opt/nnunet USER=nnunet
 USER 1000
 WORKDIR /data
 

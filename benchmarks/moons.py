@@ -127,7 +127,7 @@ def train(method: Method, points: Points, recipe: Recipe) -> nn.Module:
             else:
                 loss = ima_loss(network, images, targets, batch.tolist(), margins, recipe, generator)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
     return network.eval()
 

@@ -50,10 +50,10 @@ def setup(app: Sphinx) -> None:
 
 def _prepare(
     app: Sphinx,  # noqa: ARG001 (Sphinx calls it so)
-    what: str,  # noqa: ARG001
-    name: str,  # noqa: ARG001
-    found: Any,  # noqa: ARG001
-    options: Any,  # noqa: ARG001
+    what: str,  # noqa: ARG001 (Sphinx calls it so)
+    name: str,  # noqa: ARG001 (Sphinx calls it so)
+    found: Any,  # noqa: ARG001 (Sphinx calls it so)
+    options: Any,  # noqa: ARG001 (Sphinx calls it so)
     lines: list[str],
 ) -> None:
     """``(B, C, *spatial)`` is a shape, not the beginning of italics; ``low, high: ...`` are two names, none a type."""
@@ -72,7 +72,7 @@ def _link_files(app: Sphinx, tree: document) -> None:
             link.replace_self(download)
 
 
-def _set_dashes(app: Sphinx, tree: document) -> None:  # noqa: ARG001
+def _set_dashes(app: Sphinx, tree: document) -> None:  # noqa: ARG001 (Sphinx calls it so)
     """Sphinx writes two hyphens between an attribute and what it means."""
     for text in list(tree.findall(Text)):
         if text == " -- ":

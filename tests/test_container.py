@@ -96,12 +96,12 @@ def test_it_runs_as_a_user_whose_folders_are_its_own(instructions):
     user = [rest for name, rest in instructions if name == "USER"][-1]
     runs = " ".join(rest for name, rest in instructions if name == "RUN")
     assert user == "1000"
-    assert f"useradd --uid {user} --create-home nnunet" in runs
+    assert f"useradd --uid {user} --home-dir /opt/nnunet --create-home nnunet" in runs
     values = environment(instructions)
     for folder in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         assert values[folder] == f"/data/{folder}"
         assert values[folder] in runs
-    assert (values["HOME"], values["USER"]) == ("/home/nnunet", "nnunet")
+    assert (values["HOME"], values["USER"]) == ("/opt/nnunet", "nnunet")
     assert [rest for name, rest in instructions if name == "WORKDIR"][-1] == "/data"
 
 

@@ -305,7 +305,10 @@ def test_a_dry_run_shows_every_step_with_its_command_and_cost_and_leaves_nothing
     # The total is the sum of the parts.
     (low, high, attacks) = re.findall(r"in all: ([\d,]+) to ([\d,]+) passes of training, at most ([\d,]+)", text)[0]
     parts = re.findall(r"passes a sample and step: .*?, in all ([\d,]+)(?: to ([\d,]+))?$", text, re.MULTILINE)
-    number = lambda words: int(words.replace(",", ""))  # noqa: E731
+
+    def number(words: str) -> int:
+        return int(words.replace(",", ""))
+
     assert number(low) == sum(number(part[0]) for part in parts)
     assert number(high) == sum(number(part[1] or part[0]) for part in parts)
     assert number(attacks) == sum(map(number, re.findall(r"slices, at most ([\d,]+) passes", text)))

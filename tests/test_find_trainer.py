@@ -29,7 +29,7 @@ def lazy_module(request, monkeypatch) -> None:
         raise AttributeError(name)
 
     module = types.ModuleType("a_lazy_module")
-    module.__getattr__ = attribute  # type: ignore[method-assign]
+    vars(module)["__getattr__"] = attribute
     monkeypatch.setitem(sys.modules, "a_lazy_module", module)
 
 

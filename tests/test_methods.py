@@ -196,7 +196,7 @@ def test_te_is_sat_with_a_pull_to_the_average_of_clean_predictions(project, resu
             difference = (trainer.network(p)[0].softmax(1)[0] - average)[:, known[0]]
             return 50.0 * (difference**2).sum() / difference.numel() if difference.numel() else torch.zeros(())
 
-        objective = lambda p, i=i, pull=pull: slow_loss(trainer, p, one(targets, i)) + pull(p)  # noqa: E731
+        objective = lambda p, i=i, pull=pull: slow_loss(trainer, p, one(targets, i)) + pull(p)  # noqa: E731 (one line)
         point = pulled_back(clean + noise[i : i + 1], clean, EPSILON)
         expected.append(slow_pgd(clean, point, EPSILON, SETTINGS["steps"], 4.0, objective))
         pulls.append(float(pull(seen[i : i + 1]).detach()))
@@ -248,7 +248,7 @@ def test_ima_trains_on_half_clean_and_half_boundary_samples(project, results, co
                 break
             last = point
             if step < SETTINGS["steps"]:
-                objective = lambda p, i=i: slow_loss(trainer, p, one(targets, i))  # noqa: E731
+                objective = lambda p, i=i: slow_loss(trainer, p, one(targets, i))  # noqa: E731 (one line)
                 point = point.detach().requires_grad_(True)
                 (gradient,) = torch.autograd.grad(objective(point), point)
                 direction = gradient / gradient.double().norm().float()
