@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from results_of_runs import make_run
 
+from nnunet_ima.evaluation.baseline import baseline_of
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.gate import Judgement, Verdict, _judge_change, junit, markdown, overall, parse_minimum
 from nnunet_ima.evaluation.results import read_results
 from nnunet_ima.evaluation.statistics import Interval
+from nnunet_ima.evaluation.summary import markdown_table
 
 
 @pytest.fixture
@@ -86,6 +89,19 @@ def test_a_baseline_file_says_what_its_run_does(gate, good, tmp_path):
     fragile = make_run(tmp_path / "fragile", clean=0.91, attacked={"2": 0.6, "8": 0.2}, seed=3)
     for run in (good, fragile):
         assert gate(run, "--baseline", file) == gate(run, "--baseline", good)
+
+
+@pytest.mark.parametrize("noted", [{}, {"samples_seed": 0}, {"samples_seed": 7}])
+def test_how_samples_were_chosen_is_in_the_baseline_and_above_the_table(good, noted):
+    """In a run from before there was a choice, the attacks' seed chose them."""
+    results = read_results(good)
+    summary = {**results.summary, "seed": 0, "max_samples": 40, **noted}
+    about = baseline_of(replace(results, summary=summary)).about
+    chosen = noted.get("samples_seed", 0)
+    assert (about["seed"], about["max_samples"], about["samples_seed"]) == (0, 40, chosen)
+    assert ("seed 0 (samples chosen with 7)" in markdown_table(summary)) == (chosen == 7)
+    # All samples were attacked, so none was chosen.
+    assert "chosen" not in markdown_table({**summary, "max_samples": None})
 
 
 @pytest.mark.parametrize(
