@@ -36,13 +36,17 @@ class Scans:
     learning_rate: float
     level: str
     mirroring: bool = True
+    least: float = 0.3
 
 
 WAYS = {
     "hippocampus 3d": Scans("Task04_Hippocampus", "Task04_Hippocampus", "3d_tiny", (40, 56, 40), 250, 2, 0.3, "15"),
-    "heart 2d": Scans("Task02_Heart_8cases", "Task02_Heart", "2d_tiny", (128, 128), 300, 8, 0.2, "10"),
+    "heart 2d": Scans("Task02_Heart_8cases", "Task02_Heart", "2d_tiny", (128, 128), 900, 8, 0.2, "10", least=0.2),
+    # Networks as small as these find 0.35 (2D) and 0.30 (3D) of the left atrium, after three and five minutes.
     # Eight times as many passes over eight million voxels would take half an hour.
-    "heart 3d": Scans("Task02_Heart_8cases", "Task02_Heart", "3d_tiny", (32, 96, 96), 240, 2, 0.1, "30", False),
+    "heart 3d": Scans(
+        "Task02_Heart_8cases", "Task02_Heart", "3d_tiny", (32, 96, 96), 480, 2, 0.1, "30", False, least=0.2
+    ),
 }
 
 
@@ -118,8 +122,9 @@ def test_plain_prediction_of_the_files_has_the_case_dice_of_the_report(way, trai
     print(way.task, way.configuration, f"clean {clean:.4f}, attacked {attacked:.4f}, plain {plain:.4f}",
           read(attacked_scans / "attack.json")["cases"])  # fmt: skip
     # Otherwise the rest would state little.
-    assert clean > 0.15
-    assert attacked < clean - 0.03
+    # Otherwise the rest would state little.
+    assert clean > way.least
+    assert attacked < clean - 0.05
     assert plain == pytest.approx(attacked, abs=0.01)
     (case,) = read(attacked_scans / "attack.json")["cases"]
     assert case["dice_in_evaluation"] == pytest.approx(attacked, abs=1e-6)
