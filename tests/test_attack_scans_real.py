@@ -122,7 +122,6 @@ def test_plain_prediction_of_the_files_has_the_case_dice_of_the_report(way, trai
     print(way.task, way.configuration, f"clean {clean:.4f}, attacked {attacked:.4f}, plain {plain:.4f}",
           read(attacked_scans / "attack.json")["cases"])  # fmt: skip
     # Otherwise the rest would state little.
-    # Otherwise the rest would state little.
     assert clean > way.least
     assert attacked < clean - 0.05
     assert plain == pytest.approx(attacked, abs=0.01)
