@@ -42,7 +42,7 @@ class Protocol:
     @property
     def range(self) -> str:
         """The range of a perturbed image, in words."""
-        return "[0, 1] on z-scores" if self.name == "paper" else "the case's own, per channel"
+        return "[0, 1] on z-scores" if self.name == "paper" else "the case's own intensity range, per channel"
 
     @property
     def unit(self) -> str:

@@ -11,6 +11,7 @@ choose again and reach a little less.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -53,13 +54,29 @@ def units(cases: npt.ArrayLike, counts: Array) -> tuple[str, Array]:
     return "cases", np.stack([counts[names == name].sum(0) for name in distinct])
 
 
+def dice_sums(cases: npt.ArrayLike, dice: Array) -> Array:
+    """What ADI is made of, (units, 1, 2): the sum of the samples' Dice (samples,), and how many there are.
+
+    The units are those of :func:`units`. A sample without Dice (NaN) does not count.
+    """
+    known = ~np.isnan(dice)
+    sums = np.stack([np.where(known, dice, 0.0), known.astype(float)], -1)[:, None]
+    return units(cases, sums)[1]
+
+
 def tvdi_interval(counts: Array, seed: int = 0) -> Interval:
-    """Of the TVDI, from the counts (units, F, 3) of tp, fp, fn of each unit; percentile bootstrap."""
-    value = float(_tvdi(counts, np.arange(len(counts))))
-    if len(counts) < FEWEST:
+    """Of the TVDI; percentile bootstrap.
+
+    Args:
+        counts: (units, F, 3) of tp, fp, fn of each unit, or (levels, units, F, 3) for the mean TVDI over levels.
+        seed: of the resampling.
+    """
+    number = counts.shape[-3]
+    value = float(_tvdi(counts, np.arange(number)))
+    if number < FEWEST:
         return Interval(value, np.nan, np.nan)
     found = bootstrap(
-        (np.arange(len(counts)),),
+        (np.arange(number),),
         lambda index, axis: _tvdi(counts, np.moveaxis(index, axis, -1)),
         n_resamples=RESAMPLES,
         batch=BATCH,
@@ -72,7 +89,7 @@ def tvdi_interval(counts: Array, seed: int = 0) -> Interval:
 
 
 class Difference(NamedTuple):
-    """One model's TVDI minus another's on the same units, its interval, and the p-value of a permutation test."""
+    """One model's figure minus another's on the same units, its interval, and the p-value of a permutation test."""
 
     interval: Interval
     p: float
@@ -90,17 +107,31 @@ def tvdi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
         one, other: (units, F, 3) each, or (levels, units, F, 3) for the mean TVDI over levels.
         seed: of the resampling.
     """
+    return _difference(one, other, _tvdi, seed)
+
+
+def adi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
+    """The same of ADI, from :func:`dice_sums` (units, 1, 2) of each."""
+    return _difference(one, other, _adi, seed)
+
+
+def smallest_p(n_units: int) -> float:
+    """Below which no permutation test of that many pairs can come: both signs of the most extreme of 2^n swaps."""
+    return float(2.0 ** (1 - n_units))
+
+
+def _difference(one: Array, other: Array, figure: Callable[[Array, np.ndarray], Array], seed: int) -> Difference:
     if one.shape != other.shape:
         raise ValueError(f"counts of shapes {one.shape} and {other.shape} cannot be paired")
     cases = one.shape[-3]
-    value = float(_tvdi(one, np.arange(cases)) - _tvdi(other, np.arange(cases)))
+    value = float(figure(one, np.arange(cases)) - figure(other, np.arange(cases)))
     if cases < FEWEST:
         return Difference(Interval(value, np.nan, np.nan), np.nan)
     both = np.concatenate([one, other], axis=-3)
 
     def difference(index: np.ndarray, opposite: np.ndarray, axis: int) -> Array:
         ours, theirs = (np.moveaxis(part, axis, -1) for part in (index, opposite))
-        return np.asarray(_tvdi(both, ours) - _tvdi(both, theirs))
+        return np.asarray(figure(both, ours) - figure(both, theirs))
 
     pairs = (np.arange(cases), np.arange(cases) + cases)
     interval = bootstrap(
@@ -120,3 +151,10 @@ def _tvdi(counts: Array, index: np.ndarray) -> Array:
     if counts.ndim == 4:
         return np.asarray(np.mean([_tvdi(level, index) for level in counts], axis=0))
     return pooled_dice(counts[index].sum(-3))
+
+
+def _adi(sums: Array, index: np.ndarray) -> Array:
+    """ADI (...,) of the units that ``index`` (..., n) names."""
+    together = sums[index].sum(-3)[..., 0, :]
+    total, number = together[..., 0], together[..., 1]
+    return np.asarray(np.divide(total, number, out=np.full(number.shape, np.nan), where=number > 0))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from results_of_runs import ATTACK, NOISE, make_run
+from results_of_runs import ATTACK, ENSEMBLE, NOISE, make_run
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.command_line import main
@@ -25,8 +25,17 @@ from nnunet_ima.evaluation.report.charts import axis_around
 from nnunet_ima.evaluation.report.figures import Setting, settings_of
 from nnunet_ima.evaluation.report.published import published_for
 from nnunet_ima.evaluation.report.sentences import headline, price
-from nnunet_ima.evaluation.report.tables import Cell, Table, as_csv, as_latex, as_markdown, robustness_table
-from nnunet_ima.evaluation.results import read_results
+from nnunet_ima.evaluation.report.tables import (
+    Cell,
+    Table,
+    _signed,
+    as_csv,
+    as_latex,
+    as_markdown,
+    further_table,
+    robustness_table,
+)
+from nnunet_ima.evaluation.results import UNTOUCHED, read_results
 
 MARGINS = {"margin_10": [1.0, 1.5, 2.0], "margin_50": [2.0, 3.0, 4.0], "margin_90": [3.0, 5.0, 7.0]}
 PAPERS = Path(__file__).parents[2] / "shared" / "papers"
@@ -94,7 +103,7 @@ def test_a_reader_learns_who_is_more_robust_to_what_how_surely_and_at_which_pric
     for level in ("L2 15", "Linf 4/255"):
         share = r"([\d.]+) % \(([\d.]+) to ([\d.]+)\)"
         said = re.search(
-            rf"IMA is more robust than stock: at {level}, under the worst attack on each, it holds {share} Dice "
+            rf"IMA is more robust than stock: at {level}, under {ATTACK}, it holds {share} Dice "
             rf"against {share}, ([\d.]+) points",
             text,
         )
@@ -108,6 +117,74 @@ def test_a_reader_learns_who_is_more_robust_to_what_how_surely_and_at_which_pric
     parts += " | Margins in training | Beside the published figures | By class | How to repeat this"
     for wanted in parts.split(" | "):
         assert wanted in text
+
+
+def test_a_reader_learns_of_how_many_samples_that_is_and_what_the_mean_over_levels_says(page, runs):
+    text = Text(page.read_text(encoding="utf-8")).text
+    for setting in settings_of([read_results(folder) for folder in runs]):
+        stock, ima = setting.runs
+        mean = setting.mean_difference(ima, stock)
+        levels = [level for level, _ in setting.levels]
+        over = f"{setting.norm_name} {', '.join(levels[:-1])} and {levels[-1]}"
+        low, high = 100 * mean.interval.low, 100 * mean.interval.high
+        assert (
+            f"On average over {over}, IMA holds {100 * mean.interval.value:.1f} points ({low:.1f} to {high:.1f}) more "
+            f"than stock (p 0.008). With 8 cases no p can be below 0.008." in text
+        )
+        samples = [run.samples[UNTOUCHED] for run in (ima, stock)]
+        by_sample = [100 * float(table.dice.mean()) for table in samples]
+        assert f"(ADI): {by_sample[0]:.1f} % against {by_sample[1]:.1f} %" in text
+        assert f"L2 5 is {5 / (24 * 20) ** 0.5:.2g} z-scores in each of a patch's 480 voxels" in text
+    assert text.count(f"Attacked: 40 slices of 8 cases, with {NOISE} and {ATTACK}.") == 2
+    assert "IMA: the median went from 3.00 to 4.00 in the last quarter" in text
+
+
+def test_models_attacked_on_other_samples_each_say_how_many(tmp_path):
+    runs = [make_run(tmp_path / t, cases=n, title=t, patch=(8, 8, 8)) for t, n in (("A", 8), ("B", 9))]
+    text = Text(write_report(runs, tmp_path / "out").read_text(encoding="utf-8")).text
+    assert "Attacked: A: 40 tiles of 8 cases; B: 45 tiles of 9 cases" in text
+
+
+def test_several_attacks_are_not_one(tmp_path):
+    made = [make_run(tmp_path / t, attacked={"5": d}, further={"square": {"5": d}}, title=t, seed=n)
+            for n, (t, d) in enumerate((("A", 0.3), ("B", 0.7)))]  # fmt: skip
+    assert "under the worst attack on each" in headline(one_setting(*made))
+
+
+def test_the_members_of_an_ensemble_are_named_and_an_attack_is_explained(tmp_path):
+    members = {"apgd-ce": {"5": 0.5}, "square": {"5": 0.6}}
+    run = make_run(tmp_path / "run", attacked={"5": 0.5}, members=members)
+    text = Text(write_report([run], tmp_path / "out").read_text(encoding="utf-8")).text
+    assert f"{ENSEMBLE} : Run the members one after the other" in text
+    assert "Members: apgd-ce, square." in text
+    assert f"{ATTACK} : PGD with momentum" in text
+
+
+def test_columns_that_no_run_fills_are_left_out_and_named(tmp_path):
+    without = make_run(tmp_path / "without", whole_cases=False, title="A")
+    table = further_table(one_setting(without))
+    assert not {"case Dice", "HD95 (mm)", "surface Dice"} & set(table.head)
+    assert all(len(row) == len(table.head) for row in table.rows)
+    assert table.note.endswith("None of these runs has figures for: case Dice, HD95 (mm), surface Dice.")
+    tables = [further_table(one_setting(make_run(tmp_path / "with", title="B")))]
+    assert {"case Dice", "HD95 (mm)", "surface Dice"} <= set(tables[0].head)
+    assert "None of these runs" not in tables[0].note
+    # What stands under a heading is still that of the heading.
+    place = table.head.index("ADI")
+    clean = without_name(table.rows[0])[place]
+    assert float(clean) == pytest.approx(100 * read_results(without).figures(UNTOUCHED)["adi"], abs=0.051)
+
+
+def without_name(row: list[Cell]) -> list[str]:
+    return [cell.text for cell in row]
+
+
+@given(st.floats(-100, 100))
+def test_a_difference_that_rounds_to_nothing_has_no_sign(value):
+    shown = _signed(value)
+    assert float(shown) == pytest.approx(value, abs=0.0501)
+    assert shown == "0.0" or shown[0] in "+-"
+    assert shown not in ("-0.0", "+0.0")
 
 
 def test_the_page_needs_no_network_and_is_well_formed(page):
@@ -462,6 +539,34 @@ def test_text_can_be_read_in_light_and_dark(tab, scheme):
 def test_it_prints(tab, tmp_path):
     tab.pdf(path=str(tmp_path / "report.pdf"))
     assert (tmp_path / "report.pdf").stat().st_size > 20_000
+
+
+def test_what_is_folded_on_the_screen_is_open_on_paper_and_nothing_is_cut(tab):
+    folded = tab.locator("details:not([open])")
+    closed = folded.count()
+    assert closed > 3
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert folded.count() == 0
+    # A4 less its margins, at 96 dots an inch.
+    tab.set_viewport_size({"width": 718, "height": 1000})
+    tab.emulate_media(media="print")
+    for table in tab.locator("table").all():
+        assert table.evaluate("table => table.scrollWidth") <= 718
+    before, after = (tab.locator(f".slider img{which}").first.bounding_box() for which in (":first-child", ".after"))
+    assert before["x"] + before["width"] <= after["x"]  # side by side
+    tab.emulate_media(media="screen")
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert folded.count() == closed
+
+
+def test_on_a_telephone_the_first_column_stays(tab):
+    tab.set_viewport_size({"width": 380, "height": 800})
+    box = tab.locator(".scroll").first
+    assert box.evaluate("box => box.scrollWidth > box.clientWidth")
+    name = box.locator("tbody td").first
+    before = name.bounding_box()["x"]
+    box.evaluate("box => box.scrollTo(60, 0)")
+    assert name.bounding_box()["x"] == pytest.approx(before, abs=1)
 
 
 def test_a_run_that_attacked_whole_cases_says_how_much_survives(tmp_path):

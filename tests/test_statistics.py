@@ -5,8 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_ima.evaluation.metrics import class_scores, tvdi
-from nnunet_ima.evaluation.statistics import tvdi_difference, tvdi_interval
+from nnunet_ima.evaluation.metrics import adi, class_scores, tvdi
+from nnunet_ima.evaluation.statistics import (
+    adi_difference,
+    dice_sums,
+    smallest_p,
+    tvdi_difference,
+    tvdi_interval,
+)
 
 
 def some_cases(seed: int, cases: int, dice: float, spread: float = 0.1) -> np.ndarray:
@@ -117,3 +123,59 @@ def test_cases_and_not_levels_are_swapped():
 def test_other_cases_cannot_be_paired():
     with pytest.raises(ValueError, match="cannot be paired"):
         tvdi_difference(some_cases(0, 4, 0.5), some_cases(0, 5, 0.5))
+
+
+# ---- the mean over levels, and ADI
+
+
+def test_the_interval_of_a_mean_over_levels_is_that_of_a_slow_bootstrap():
+    """The same cases are drawn for all levels: they are the same scans."""
+    levels = np.stack([some_cases(1, 20, dice) for dice in (0.8, 0.4)])
+    draws = np.random.default_rng(3)
+    drawn = [draws.integers(0, 20, 20) for _ in range(4000)]
+    values = [np.mean([tvdi(level[index]) for level in levels]) for index in drawn]
+    low, high = np.percentile(values, [2.5, 97.5])
+    interval = tvdi_interval(levels)
+    assert interval.value == pytest.approx(np.mean([tvdi(level) for level in levels]))
+    assert interval.low == pytest.approx(low, abs=0.004)
+    assert interval.high == pytest.approx(high, abs=0.004)
+
+
+def some_dice(seed: int, cases: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Samples of cases of different length: names, and the Dice of two models; a few have none."""
+    draws = np.random.default_rng(seed)
+    names = np.repeat([f"case {number}" for number in range(cases)], draws.integers(1, 6, cases))
+    one, other = (np.clip(draws.normal(middle, 0.2, len(names)), 0, 1) for middle in (0.7, 0.6))
+    first_of_its_case = np.r_[True, names[1:] != names[:-1]]
+    one[(draws.random(len(names)) < 0.2) & ~first_of_its_case] = np.nan
+    return names, one, other
+
+
+@given(st.integers(0, 10**6), st.integers(6, 14))
+def test_the_difference_of_adi_is_that_of_the_means_of_the_samples(seed, cases):
+    names, one, other = some_dice(seed, cases)
+    found = adi_difference(dice_sums(names, one), dice_sums(names, other))
+    assert found.interval.value == pytest.approx(adi(one) - adi(other))
+    assert found.interval.low <= found.interval.high
+
+
+def test_the_interval_of_a_difference_of_adi_is_that_of_a_slow_bootstrap_of_cases():
+    names, one, other = some_dice(4, 25)
+    distinct = list(dict.fromkeys(names))
+    draws = np.random.default_rng(5)
+    values = []
+    for _ in range(4000):
+        drawn = [np.flatnonzero(names == distinct[number]) for number in draws.integers(0, 25, 25)]
+        index = np.concatenate(drawn)
+        values.append(adi(one[index]) - adi(other[index]))
+    low, high = np.percentile(values, [2.5, 97.5])
+    interval = adi_difference(dice_sums(names, one), dice_sums(names, other)).interval
+    assert interval.low == pytest.approx(low, abs=0.006)
+    assert interval.high == pytest.approx(high, abs=0.006)
+
+
+@pytest.mark.parametrize("cases", [6, 7, 9])
+def test_no_p_is_below_the_smallest_and_a_clear_difference_reaches_it(cases):
+    """All cases differ in the same direction: only the swaps of none and of all are as extreme."""
+    worse, better = some_cases(7, cases, 0.3, spread=0.01), some_cases(7, cases, 0.8, spread=0.01)
+    assert tvdi_difference(better, worse).p == pytest.approx(smallest_p(cases)) == 2 / 2**cases

@@ -16,18 +16,23 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 
 @dataclass(frozen=True)
 class Point:
-    """A point, with an interval of y if it has one, and what is shown when a mouse rests on it."""
+    """A point, with an interval of y, or of x too, if it has one, and what is shown when a mouse rests on it."""
 
     x: float
     y: float
     low: float = math.nan
     high: float = math.nan
     title: str = ""
+    left: float = math.nan
+    right: float = math.nan
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour. Lines join them unless they are a cloud; a band shows intervals."""
+    """Points of one colour. Lines join them unless they are a cloud; a band shows intervals.
+
+    Of a line with a ``title`` its points are not shown.
+    """
 
     name: str
     colour: str
@@ -35,6 +40,7 @@ class Series:
     dashed: bool = False
     cloud: bool = False
     opacity: float = 1.0
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,15 +121,21 @@ def _draw(series: Series, x: Axis, y: Axis) -> list[Markup]:
             _path(edge, x, y), series.colour))  # fmt: skip
     if len(points) > 1 and not series.cloud:
         dash = Markup(' stroke-dasharray="6 5"') if series.dashed else ""
-        found.append(Markup('<polyline points="{}" fill="none" stroke="{}" stroke-width="2.5"{}/>').format(
-            _path([(p.x, p.y) for p in points], x, y), series.colour, dash))  # fmt: skip
-    for point in points:
+        name = Markup("<title>{}</title>").format(series.title) if series.title else ""
+        found.append(Markup('<polyline points="{}" fill="none" stroke="{}" stroke-width="2.5"{}>{}</polyline>').format(
+            _path([(p.x, p.y) for p in points], x, y), series.colour, dash, name))  # fmt: skip
+    for point in [] if series.title else points:
         across, down = _short(_across(x, point.x)), _short(_down(y, point.y))
         if math.isfinite(point.low) and (series.cloud or len(points) == 1):
             found.append(Markup('<line x1="{0}" x2="{0}" y1="{1}" y2="{2}" stroke="{3}" stroke-width="1.5"/>').format(
                 across, _short(_down(y, point.low)), _short(_down(y, point.high)), series.colour))  # fmt: skip
-        found.append(Markup('<circle cx="{}" cy="{}" r="{}" fill="{}" opacity="{}"><title>{}</title></circle>').format(
-            across, down, 3 if series.cloud and series.opacity < 1 else 4.5, series.colour, series.opacity,
+        if math.isfinite(point.left):
+            found.append(Markup('<line x1="{1}" x2="{2}" y1="{0}" y2="{0}" stroke="{3}" stroke-width="1.5"/>').format(
+                down, _short(_across(x, point.left)), _short(_across(x, point.right)), series.colour))  # fmt: skip
+        # Rings in a cloud: where they overlap each can still be seen.
+        look = 'r="3.5" fill-opacity="0.25" stroke="{}" stroke-width="1.5"' if series.cloud else 'r="4.5" opacity="{}"'
+        found.append(Markup('<circle cx="{}" cy="{}" fill="{}" {}><title>{}</title></circle>').format(
+            across, down, series.colour, Markup(look).format(series.colour if series.cloud else series.opacity),
             point.title or f"{series.name}: {point.y:.1f}"))  # fmt: skip
     return found
 
@@ -133,8 +145,9 @@ def _legend(series: Sequence[Series]) -> Markup:
     for one in series:
         if one.name:
             style = "dashed" if one.dashed else "solid"
-            entries.append(Markup('<span><i style="border-top:3px {} {}"></i>{}</span>').format(
-                style, one.colour, escape(one.name)))  # fmt: skip
+            mark = Markup('<i class="dot" style="background:{}"></i>') if one.cloud else Markup(
+                f'<i style="border-top:3px {style} {{}}"></i>')  # fmt: skip
+            entries.append(Markup("<span>{}{}</span>").format(mark.format(one.colour), escape(one.name)))
     return Markup('<div class="legend">{}</div>').format(Markup("").join(entries))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 from markupsafe import Markup
 
 from nnunet_ima.evaluation.report.charts import Axis, Point, Series, axis_around, chart, percent_axis
-from nnunet_ima.evaluation.report.figures import NOISE, Setting, tvdi
+from nnunet_ima.evaluation.report.figures import NOISE, Setting
 from nnunet_ima.evaluation.report.sentences import percent
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
 
@@ -51,10 +52,10 @@ def _dice_against_level(setting: Setting, colours: Mapping[str, str]) -> Drawing
             points += [_point(setting, run, value, (noise, text)) for text, value in setting.levels]
             plain = [Point(point.x, point.y, title=point.title) for point in points]
             series.append(Series(f"{run.title}, noise only", colour, plain, dashed=True, opacity=0.6))
-    x = Axis(f"noise level: {setting.norm_name}, {setting.unit}", 0.0, 1.03 * max(ticks), ticks)
+    x = Axis(f"level: {setting.norm_name}, {setting.unit}", 0.0, 1.03 * max(ticks), ticks)
     return Drawing(
-        "Dice against noise level",
-        chart(f"Dice against noise level: {setting.name}", x, percent_axis("Dice (TVDI, %)"), series),
+        "Dice against level",
+        chart(f"Dice against level: {setting.name}", x, percent_axis("Dice (TVDI, %)"), series),
         "Solid: of each level the attack that is worst for the model; the band is the 95 % interval. Dashed: plain "
         f"noise of the same size. A model that holds stays high on the solid line. At 0: {setting.start_name}.",
     )
@@ -65,9 +66,12 @@ def _clean_against_robust(setting: Setting, colours: Mapping[str, str]) -> Drawi
         return None
     series = []
     for run in setting.runs:
-        robust = setting.robust_mean(run)
-        point = Point(100 * tvdi(run, UNTOUCHED), 100 * robust, title=f"{run.title}: {100 * robust:.1f}")
-        series.append(Series(run.title, colours[run.title], [point]))
+        robust, clean = setting.mean_interval(run), setting.interval(run, UNTOUCHED)
+        point = Point(
+            100 * clean.value, 100 * robust.value, 100 * robust.low, 100 * robust.high,
+            f"{run.title}: clean {percent(clean)}, attacked {percent(robust)}", 100 * clean.low, 100 * clean.high,
+        )  # fmt: skip
+        series.append(Series(run.title, colours[run.title], [point], cloud=True))
     return Drawing(
         "Clean against robust",
         chart(
@@ -76,7 +80,7 @@ def _clean_against_robust(setting: Setting, colours: Mapping[str, str]) -> Drawi
             percent_axis("mean Dice over attacked levels (%)"),
             series,
         ),
-        "The best place is the upper right corner: good on clean scans, and good under attack.",
+        "The best place is the upper right corner: good on clean scans, and good under attack. Lines: 95 % intervals.",
     )
 
 
@@ -98,17 +102,21 @@ def _cases(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
                 for case, dice in run.case_dice(where, whole).items()
             ]
             label = run.title if where == UNTOUCHED else ""
-            series.append(Series(label, colours[run.title], points, cloud=True, opacity=0.55))
+            series.append(Series(label, colours[run.title], points, cloud=True))
             middle = float(np.nanmedian([point.y for point in points]))
-            line = [Point(x - 0.2, middle, title=f"median {middle:.1f}"), Point(x + 0.2, middle)]
-            series.append(Series("", colours[run.title], line))
+            line = [Point(x - 0.2, middle), Point(x + 0.2, middle)]
+            series.append(Series("", colours[run.title], line, title=f"{run.title}, {name}: median {middle:.1f}"))
     return Drawing(
         "Case by case",
         chart(f"Dice of each case: {setting.name}", Axis("", 0.0, float(len(setting.runs)), ticks),
-              percent_axis("Dice of a case (%)"), series),
-        f"A dot is a case, the line their median; clean, and at {setting.norm_name} {level} under the attack that is "
-        f"worst for the model.",
+              percent_axis("Dice of a case (%)" if whole else "Dice of a case's samples (%)"), series),
+        f"A dot is a case ({_kind_of_dice(whole)}), the line their median; clean, and at {setting.norm_name} {level} "
+        f"under the attack that is worst for the model.",
     )  # fmt: skip
+
+
+def _kind_of_dice(whole: bool) -> str:
+    return "nnU-Net's Dice of the whole case" if whole else "its attacked samples pooled, not nnU-Net's case Dice"
 
 
 def _sizes(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
@@ -119,10 +127,12 @@ def _sizes(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
     for run in setting.runs:
         table = run.samples[setting.worst(run, level)]
         points = [
-            Point(float(size), 100 * float(dice), title=f"{case}, tile {tile}: {100 * dice:.0f}")
-            for size, dice, case, tile in zip(table.sizes, table.dice, table.cases, table.tiles, strict=True)
+            Point(float(size), 100 * dice, title=f"{case}, tile {tile}: {100 * dice:.0f} (clean {100 * clean:.0f})")
+            for size, dice, clean, case, tile in zip(
+                table.sizes, table.dice, run.samples[UNTOUCHED].dice, table.cases, table.tiles, strict=True
+            )
         ]
-        series.append(Series(run.title, colours[run.title], points, cloud=True, opacity=0.45))
+        series.append(Series(run.title, colours[run.title], points, cloud=True))
     sizes = [point.x for one in series for point in one.points]
     return Drawing(
         "Size of the structure",
@@ -135,7 +145,7 @@ def _sizes(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
 
 
 def _margins(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
-    series = []
+    series, ends = [], []
     for run in setting.runs:
         curves = run.summary["margins_by_epoch"]
         if not {"margin_10", "margin_50", "margin_90"} <= curves.keys():
@@ -144,6 +154,7 @@ def _margins(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
         together = zip(curves["margin_50"], curves["margin_10"], curves["margin_90"], strict=False)
         points = [Point(epoch, *values, title=f"{values[0]:.2f}") for epoch, values in enumerate(together)]
         series.append(Series(f"{run.title}: median", colours[run.title], points))
+        ends.append(_last_quarter(run.title, [point.y for point in points]))
     points = [point for one in series for point in one.points]
     if len(points) < 2:
         return None
@@ -151,10 +162,18 @@ def _margins(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
         "Margins in training",
         chart(f"Margins by epoch: {setting.name}",
               axis_around("epoch", [point.x for point in points]),
-              axis_around("margin of a sample", [point.high for point in points]), series),
-        "How far training samples were perturbed, by epoch: median and the middle 80 %. Curves that still rise say "
-        "that the training had not settled.",
+              axis_around("margin (training's own unit)", [point.high for point in points]), series),
+        f"How far training samples were perturbed, by epoch: median and the middle 80 %, which end where the training "
+        f"bounds them. Curves that still rise say that the training had not settled. {' '.join(filter(None, ends))}",
     )  # fmt: skip
+
+
+def _last_quarter(title: str, medians: list[float]) -> str:
+    """From where to where the median went at the end; empty of a training too short to have an end."""
+    before = len(medians) - 1 - max(1, len(medians) // 4)
+    if before < 0 or not (isfinite(medians[before]) and isfinite(medians[-1])):
+        return ""
+    return f"{title}: the median went from {medians[before]:.2f} to {medians[-1]:.2f} in the last quarter."
 
 
 def _point(setting: Setting, run: Results, x: float, key: Key) -> Point:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -11,7 +12,17 @@ import numpy as np
 from nnunet_ima.evaluation.metrics import nan_mean
 from nnunet_ima.evaluation.report.charts import COLOURS
 from nnunet_ima.evaluation.results import CLAMPED, UNTOUCHED, Key, Results
-from nnunet_ima.evaluation.statistics import FEWEST, Difference, Interval, tvdi_difference, tvdi_interval, units
+from nnunet_ima.evaluation.statistics import (
+    FEWEST,
+    Difference,
+    Interval,
+    adi_difference,
+    dice_sums,
+    smallest_p,
+    tvdi_difference,
+    tvdi_interval,
+    units,
+)
 
 # Noise says how a model fares by chance; what an attacker can do is said by the others.
 NOISE = "white-noise"
@@ -49,6 +60,30 @@ class Setting:
         """In words."""
         return "clamped scans without noise" if self.protocol == "paper" else "clean scans"
 
+    @property
+    def attacked_samples(self) -> str:
+        """How many of what, of which cases: ``40 slices of 6 cases``; of several runs that differ, of each."""
+        kind = "slices" if " × " in self.patch and self.patch.count(" × ") == 1 else "tiles"
+        tables = [run.samples[UNTOUCHED] for run in self.runs]
+        found = [f"{len(table.cases)} {kind} of {len(set(table.cases.tolist()))} cases" for table in tables]
+        return (
+            found[0]
+            if self.comparable
+            else "; ".join(f"{run.title}: {text}" for run, text in zip(self.runs, found, strict=True))
+        )
+
+    @property
+    def evenly(self) -> str:
+        """What the smallest L2 level is if every voxel of a patch changes by the same; empty for Linf."""
+        if self.norm != "l2" or not self.levels:
+            return ""
+        text, value = self.levels[0]
+        voxels = math.prod(int(size) for size in self.patch.split(" × "))
+        each = f"{value / math.sqrt(voxels):.2g} z-scores"
+        return (
+            f"Spread evenly over one channel, {self.norm_name} {text} is {each} in each of a patch's {voxels:,} voxels."
+        )
+
     @cached_property
     def levels(self) -> list[tuple[str, float]]:
         """As text and value, ascending; those of every model."""
@@ -78,8 +113,12 @@ class Setting:
 
     def worst(self, run: Results, level: str) -> Key:
         """The condition at a level under which a run has the lowest TVDI, of the attacks that all models had."""
-        real = [attack for attack in self.attacks if not attack.startswith(NOISE)] or self.attacks
-        return min(((attack, level) for attack in real), key=lambda key: tvdi(run, key))
+        return min(((attack, level) for attack in self.searches), key=lambda key: tvdi(run, key))
+
+    @property
+    def searches(self) -> list[str]:
+        """The attacks without plain noise; if that is all there is, noise."""
+        return [attack for attack in self.attacks if not attack.startswith(NOISE)] or self.attacks
 
     @cached_property
     def telling_level(self) -> str | None:
@@ -102,6 +141,11 @@ class Setting:
         """Mean TVDI over the attacked levels, each under the run's worst attack."""
         return nan_mean([tvdi(run, self.worst(run, text)) for text, _ in self.levels])
 
+    def mean_interval(self, run: Results) -> Interval:
+        """Of the same mean."""
+        tables = [run.samples[self.worst(run, text)] for text, _ in self.levels]
+        return tvdi_interval(np.stack([units(table.cases, table.counts)[1] for table in tables]))
+
     @cached_property
     def unit_resampled(self) -> str:
         """What the intervals come from, with a warning where that is samples."""
@@ -112,6 +156,14 @@ class Setting:
             f"samples (there are fewer than {FEWEST} cases; samples of one case resemble each other, so these "
             f"intervals are too narrow)"
         )
+
+    @property
+    def p_note(self) -> str:
+        """How small p can be at all, where that is not small; empty otherwise."""
+        table = self.runs[0].samples[UNTOUCHED]
+        kind, counts = units(table.cases, table.counts)
+        least = smallest_p(len(counts))
+        return f" With {len(counts)} {kind} no p can be below {least:.3f}." if least > 0.001 else ""
 
     @cached_property
     def choice_note(self) -> str:
@@ -143,6 +195,15 @@ class Setting:
         one, two = run.samples[key], other.samples[their_key]
         return tvdi_difference(units(one.cases, one.counts)[1], units(two.cases, two.counts)[1])
 
+    def adi_difference(self, run: Results, other: Results, level: str | None) -> Difference | None:
+        """The same of ADI, the mean of the samples' own Dice, on the images of lowest Dice."""
+        if not self.comparable:
+            return None
+        tables = [one.samples[UNTOUCHED if level is None else self.worst(one, level)] for one in (run, other)]
+        ours, theirs = (dice_sums(table.cases, table.dice) for table in tables)
+        return adi_difference(ours, theirs)
+
+    @cache  # noqa: B019 (settings live as long as the report)
     def mean_difference(self, run: Results, other: Results) -> Difference | None:
         """Of the mean TVDI over the attacked levels: one question, however many levels there are."""
         if not self.comparable or not self.attacks:

@@ -23,11 +23,11 @@ def both_sides(example: Example) -> tuple[str, str]:
     return before, _draw(example.perturbed, example.target, example.after, low, high)
 
 
-def perturbation(example: Example) -> str:
-    """What was added, as a data URI; red is brighter, blue is darker."""
+def perturbation(example: Example) -> tuple[str, float]:
+    """What was added, as a data URI; red is brighter, blue is darker. And what the strongest colour means, z-scores."""
     difference = example.perturbed - example.image
     most = max(float(np.abs(difference).max()), 1e-12)
-    return _embed(difference, "RdBu_r", -most, most, [])
+    return _embed(difference, "RdBu_r", -most, most, []), most
 
 
 def _draw(image: Picture, target: Picture, found: Picture, low: float, high: float) -> str:

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from nnunet_ima import __version__
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.report import sentences
+from nnunet_ima.evaluation.report.attacks_run import attacks_of
 from nnunet_ima.evaluation.report.drawings import drawings_of
 from nnunet_ima.evaluation.report.figures import Setting, colours_of, settings_of
 from nnunet_ima.evaluation.report.pictures import both_sides, perturbation
@@ -29,7 +30,7 @@ from nnunet_ima.evaluation.report.tables import (
     published_table,
     robustness_table,
 )
-from nnunet_ima.evaluation.results import Results, read_results
+from nnunet_ima.evaluation.results import UNTOUCHED, Results, read_results
 from nnunet_ima.files import write_text
 
 WORST_SHOWN = 2
@@ -125,6 +126,7 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
             "name": setting.name,
             "setting": setting,
             "headline": sentences.headline(setting),
+            "evidence": sentences.evidence(setting),
             "price": sentences.price(setting),
             "models": [
                 {"title": run.title, "colour": colours[run.title], "sentence": sentences.about(setting, run)}
@@ -139,8 +141,11 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
     return environment.get_template("page.html").render(
         sections=sections,
         warnings=list(dict.fromkeys(text for run in runs for text in sentences.warnings(run))),
-        checks=[{"title": run.title, "name": setting.norm_name + ", " + setting.protocol, "items": run.summary["trust"]}
-                for setting in settings for run in setting.runs],
+        checks=[_checks(setting, run) for setting in settings for run in setting.runs],
+        attacks=attacks_of(runs),
+        protocols={setting.protocol for setting in settings},
+        whole_cases=any(run.cases.get(UNTOUCHED) for run in runs),
+        end_to_end=any("end_to_end" in run.summary for run in runs),
         details=[{"title": run.title, "name": setting.name, "command": run.summary["command"],
                   "text": json.dumps(_settings(run.summary), indent=2)}
                  for setting in settings for run in setting.runs],
@@ -148,6 +153,17 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
         note=note,
         version=__version__,
     )  # fmt: skip
+
+
+def _checks(setting: Setting, run: Results) -> dict[str, Any]:
+    found = run.summary["trust"]
+    return {
+        "title": run.title,
+        "name": f"{setting.norm_name}, {setting.protocol}",
+        "items": found,
+        "items_made": len(found),
+        "items_failed": sum(not item["passed"] for item in found),
+    }
 
 
 def _settings(summary: dict[str, Any]) -> dict[str, Any]:
@@ -165,9 +181,10 @@ def _worst(setting: Setting) -> list[dict[str, Any]]:
         key = setting.worst(run, level)
         for example in run.examples(key)[:WORST_SHOWN]:
             before, after = both_sides(example)
+            added, most = perturbation(example)
             found.append({
                 "model": run.title, "title": example.title, "condition": f"{key[0]} at {setting.norm_name} {level}",
-                "before": before, "after": after, "added": perturbation(example),
+                "before": before, "after": after, "added": added, "most": most,
                 "dice_before": 100 * example.dice_before, "dice_after": 100 * example.dice_after,
             })  # fmt: skip
     return found

@@ -59,7 +59,7 @@ def headline(setting: Setting) -> str:
     assert difference is not None
     sentence = (
         f"{best.title} is more robust than {_and(other.title for other in beaten)}: at {setting.norm_name} {level}, "
-        f"under the worst attack on each, it holds {percent(setting.interval(best, setting.worst(best, level)))} Dice "
+        f"{_under(setting)}, it holds {percent(setting.interval(best, setting.worst(best, level)))} Dice "
         f"against {percent(setting.interval(shown, setting.worst(shown, level)))}"
     )
     if len(beaten) > 1:
@@ -67,6 +67,22 @@ def headline(setting: Setting) -> str:
     sentence += f", {points(difference)} more."
     rest = [title for title, order in orders.items() if order is not Order.BETTER]
     return sentence + (f" Against {_and(rest)} the order is not clear." if rest else "")
+
+
+def evidence(setting: Setting) -> str:
+    """How sure the headline is: the one question that was asked, of the mean over levels; empty if it names none."""
+    if setting.telling_level is None or len(setting.runs) == 1:
+        return ""
+    best, *others = setting.ranked
+    other = next((one for one in others if compare(setting, best, one) is Order.BETTER), others[0])
+    mean = setting.mean_difference(best, other)
+    if mean is None or not mean.interval.known:
+        return ""
+    levels = f"{setting.norm_name} {_and(text for text, _ in setting.levels)}"
+    over = f"On average over {levels}" if len(setting.levels) > 1 else f"At {levels}"
+    return (
+        f"{over}, {best.title} holds {points(mean)} more than {other.title} (p {probability(mean.p)}).{setting.p_note}"
+    )
 
 
 def price(setting: Setting) -> str:
@@ -84,10 +100,12 @@ def price(setting: Setting) -> str:
         f"{reference.title}"
     )
     if difference is None or not difference.clear:
-        return f"On clean scans no difference can be told: {clean}."
-    if difference.interval.value < 0:
-        return f"It costs nothing on clean scans: {clean}."
-    return f"It costs {points(difference)} of clean Dice: {clean}."
+        sentence = f"On clean scans no difference can be told: {clean}."
+    elif difference.interval.value < 0:
+        sentence = f"It costs nothing on clean scans: {clean}."
+    else:
+        sentence = f"It costs {points(difference)} of clean Dice: {clean}."
+    return sentence + _price_of_a_sample(setting, best, reference)
 
 
 def about(setting: Setting, run: Results) -> str:
@@ -99,10 +117,12 @@ def about(setting: Setting, run: Results) -> str:
     if level is None:
         return clean + "."
     key = setting.worst(run, level)
-    figures = run.figures(key) or {}
+    figures, started = run.figures(key) or {}, run.figures(setting.start) or {}
+    threshold = 100 * float(run.summary["criterion"]["dice_threshold"])
     sentence = (
         f"{clean}, {percent(setting.interval(run, key))} at {setting.norm_name} {level} under {key[0]}, where "
-        f"{100 * figures['robust_share']:.0f} % of the samples are still segmented correctly"
+        f"{100 * figures['robust_share']:.1f} % of the samples still have a Dice above {threshold:g} % "
+        f"({100 * started['robust_share']:.1f} % on {setting.start_name})"
     )
     noise = next((attack for attack in setting.attacks if attack.startswith(NOISE)), None)
     if noise is not None:
@@ -135,6 +155,29 @@ def points(difference: Difference) -> str:
     return f"{text} ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if interval.known else text
 
 
+def probability(p: float) -> str:
+    """``0.031`` or ``< 0.001``; – where there was too little to tell."""
+    return "–" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _price_of_a_sample(setting: Setting, best: Results, reference: Results) -> str:
+    """The same by ADI, in which a small structure counts as much as a large one."""
+    difference = setting.adi_difference(reference, best, None)
+    if difference is None:
+        return ""
+    values = [float((run.figures(UNTOUCHED) or {})["adi"] or 0.0) for run in (best, reference)]
+    word = "less" if difference.interval.value >= 0 else "more"
+    return (
+        f" By the mean of the samples' own Dice (ADI): {100 * values[0]:.1f} % against {100 * values[1]:.1f} %, "
+        f"{points(difference)} {word}, p {probability(difference.p)}."
+    )
+
+
+def _under(setting: Setting) -> str:
+    """Under which attack: by its name if there was but one."""
+    return f"under {setting.searches[0]}" if len(setting.searches) == 1 else "under the worst attack on each"
+
+
 def _end_to_end(figures: Mapping[str, Any]) -> str:
     """What whole cases lose of what an attack takes from samples; empty if that was not asked, or cannot be told."""
     whole = figures.get("end_to_end")
@@ -150,7 +193,7 @@ def _end_to_end(figures: Mapping[str, Any]) -> str:
 def _no_winner(setting: Setting, best: Results, other: Results, order: Order) -> str:
     level = str(setting.telling_level)
     held = (
-        f"at {setting.norm_name} {level}, under the worst attack on each, {best.title} holds "
+        f"at {setting.norm_name} {level}, {_under(setting)}, {best.title} holds "
         f"{percent(setting.interval(best, setting.worst(best, level)))} Dice and {other.title} "
         f"{percent(setting.interval(other, setting.worst(other, level)))}"
     )

@@ -13,7 +13,9 @@ import numpy as np
 from nnunet_ima.evaluation.metrics import nan_mean
 from nnunet_ima.evaluation.report.figures import Setting, tvdi
 from nnunet_ima.evaluation.report.published import published_for
+from nnunet_ima.evaluation.report.sentences import probability
 from nnunet_ima.evaluation.results import UNTOUCHED
+from nnunet_ima.evaluation.statistics import Difference
 
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
@@ -63,7 +65,7 @@ def robustness_table(setting: Setting) -> Table | None:
     note = (
         f"TVDI in %, with 95 % intervals (bootstrap over {setting.unit_resampled}; they say what other scans would "
         f"change, not what another training would). Avg is the mean of clean and all levels, as in Table 3 of the "
-        f"paper. Bold: the best model of a column, for each attack."
+        f"IMA paper (arXiv 2005.09147). Bold: the best model of a column, for each attack."
     )
     if clamped:
         note += " Clamp only: what the protocol does to the scans before any attack."
@@ -79,24 +81,34 @@ def difference_table(setting: Setting) -> Table | None:
     rows = []
     for run in setting.runs[1:]:
         for level in (None, *(text for text, _ in setting.levels)):
-            found = setting.difference(run, first, level)
-            assert found is not None
-            low, high = 100 * found.interval.low, 100 * found.interval.high
-            shown = f"{low:+.1f} to {high:+.1f}" if found.interval.known else "too little to tell"
             where = "clean" if level is None else f"{setting.norm_name} {level}"
-            p = "–" if found.p != found.p else ("< 0.001" if found.p < 0.001 else f"{found.p:.3f}")
-            rows.append([
-                Cell(run.title), Cell(where), Cell(f"{100 * found.interval.value:+.1f}", found.interval.value),
-                Cell(shown, low), Cell(p, found.p),
-            ])  # fmt: skip
+            dice, own = setting.difference(run, first, level), setting.adi_difference(run, first, level)
+            rows.append([Cell(run.title), Cell(where), *_difference_cells(dice), *_difference_cells(own)])
+        mean = setting.mean_difference(run, first)
+        rows.append([Cell(run.title), Cell("mean of the levels"), *_difference_cells(mean), *_difference_cells(None)])
     note = (
-        f"TVDI in points minus that of {first.title}, on the same samples, each under the attack that is worst for it: "
-        f"95 % interval by paired bootstrap over {setting.unit_resampled}, p by a permutation test that swaps the two "
-        f"models' results of one. Not corrected for the number of comparisons; the sentence on top asks once, of "
-        f"the mean over the attacked levels.{setting.choice_note}"
+        f"Points more (+) or less (-) than {first.title}, on the same samples, each model under the attack that is "
+        f"worst for it: 95 % interval by paired bootstrap over {setting.unit_resampled}, p by a permutation test that "
+        f"swaps what the two models reached on one of them. Not corrected for the number of comparisons; whether a "
+        f"model is called more robust is asked once, of the mean of the levels.{setting.p_note}{setting.choice_note}"
     )
-    title = f"Against {first.title}: {setting.name}"
-    return Table(title, ["model", "level", "difference", "95 % interval", "p"], rows, note, names=2)
+    head = ["model", "level", "TVDI", "95 % interval", "p", "ADI", "95 % interval (ADI)", "p (ADI)"]
+    return Table(f"Against {first.title}: {setting.name}", head, rows, note, names=2)
+
+
+def _difference_cells(found: Difference | None) -> list[Cell]:
+    """Points, interval and p."""
+    if found is None:
+        return [Cell("–")] * 3
+    value, low, high = (100 * end for end in found.interval)
+    shown = f"{_signed(low)} to {_signed(high)}" if found.interval.known else "too little to tell"
+    return [Cell(_signed(value), value), Cell(shown, low), Cell(probability(found.p), found.p)]
+
+
+def _signed(points: float) -> str:
+    """``+1.2`` or ``-0.3``; what rounds to nothing has no sign."""
+    text = f"{points:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
 
 
 def further_table(setting: Setting) -> Table:
@@ -122,9 +134,25 @@ def further_table(setting: Setting) -> Table:
         "Dice and shares in %. TVDI of lowest Dice: that of the images on which each sample has its lowest Dice, of "
         "which all other figures are; only of an ensemble it is another than TVDI. Correct: samples with a Dice above "
         "the threshold. Case Dice is nnU-Net's own, of whole cases through its sliding window; HD95 and surface Dice "
-        "(1 mm) are means over cases. Passes: forward and backward passes of a sample that the attack spent."
+        "(1 mm) are means over cases. Passes: forward and backward passes of a sample that the attack spent; a sample "
+        "that has come to Dice 0 is left alone."
     )
-    return Table(f"All figures: {setting.name}", head, rows, note, names=3)
+    return _without_empty_columns(Table(f"All figures: {setting.name}", head, rows, note, names=3))
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """What no row has is said once, under the table."""
+    empty = [number for number in range(len(table.head)) if all(row[number].text == "–" for row in table.rows)]
+    if not empty or not table.rows:
+        return table
+    kept = [number for number in range(len(table.head)) if number not in empty]
+    missing = ", ".join(table.head[number] for number in empty)
+    return replace(
+        table,
+        head=[table.head[number] for number in kept],
+        rows=[[row[number] for number in kept] for row in table.rows],
+        note=f"{table.note} None of these runs has figures for: {missing}.",
+    )
 
 
 def end_to_end_table(setting: Setting) -> Table | None:

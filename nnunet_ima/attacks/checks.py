@@ -98,7 +98,7 @@ def check_network(
         _finding(
             "huge_epsilon_leaves_nothing",
             float(best.dice.sum()) <= LEFT_AT_HUGE_EPSILON * float(clean.sum()),
-            "perturbations of any size drive Dice towards 0",
+            "a perturbation without limit drives Dice towards 0",
             f"perturbations as large as the range leave a Dice of {float(best.dice.mean()):.2f} (clean "
             f"{float(clean.mean()):.2f}): the attack does not work on this network; try square or another loss",
         ),
@@ -129,7 +129,7 @@ def _logits(logits: Tensor, criterion: DiceCriterion) -> Finding:
     return _finding(
         "outputs_are_logits",
         not (inside and sums),
-        "outputs are no probabilities already",
+        "outputs are logits, not probabilities",
         "outputs are probabilities: softmax or sigmoid would be applied twice, which flattens every loss; give the "
         "network without its last activation",
     )
