@@ -61,7 +61,10 @@ def _never_helps(unperturbed: Outcome, attacked: Sequence[Outcome]) -> list[dict
 def _noise_is_weaker(
     attacked: Sequence[Outcome], dice: Callable[[Outcome], float], name: str, where: str
 ) -> list[dict[str, Any]]:
-    noise = {outcome.level: dice(outcome) for outcome in attacked if _kind(outcome) == WHITE_NOISE}
+    noise: dict[Level | None, float] = {}
+    for outcome in attacked:
+        if _kind(outcome) == WHITE_NOISE:
+            noise[outcome.level] = min(dice(outcome), noise.get(outcome.level, np.inf))
     strong = [o for o in attacked if _kind(o) not in (WHITE_NOISE, *WEAK) and not _content_with_wrong(o)]
     beaten = [_name(o) for o in strong if o.level in noise and dice(o) > noise[o.level] + SLACK]
     if not noise or not strong:
@@ -124,14 +127,16 @@ def _content_with_wrong(outcome: Outcome) -> bool:
 
 def _more_is_worse(attacked: Sequence[Outcome]) -> list[dict[str, Any]]:
     rising = []
-    for attack in dict.fromkeys(outcome.attack for outcome in attacked):
+    # Who stops where a sample is wrong leaves what Dice it happens to have there, at any level.
+    lasting = [o for o in attacked if _kind(o) not in WEAK and not _content_with_wrong(o)]
+    for attack in dict.fromkeys(outcome.attack for outcome in lasting):
         mine = sorted(
-            (outcome for outcome in attacked if outcome.attack == attack and outcome.level),
+            (outcome for outcome in lasting if outcome.attack == attack and outcome.level),
             key=lambda outcome: outcome.level.value if outcome.level else 0.0,
         )
         if any(_adi(larger) > _adi(smaller) + SLACK for smaller, larger in pairwise(mine)):
             rising.append(attack)
-    if len({outcome.level for outcome in attacked}) < 2:
+    if len({outcome.level for outcome in lasting}) < 2:
         return []
     return [
         _item(

@@ -18,6 +18,13 @@ def training_autocast(device: torch.device) -> Autocast:
     return nullcontext
 
 
+def single_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which nothing is cast, whatever the caller's own context does."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def use_exact_convolutions() -> None:
     """Make single precision single on GPUs, too.
 

@@ -61,7 +61,7 @@ class ThreatModel:
 
     def radius(self, images: Tensor) -> Tensor:
         """``epsilon`` in a shape that broadcasts against ``images`` (B, C, *spatial)."""
-        epsilon = torch.as_tensor(self.epsilon).to(images)
+        epsilon = torch.as_tensor(self.epsilon, dtype=images.dtype, device=images.device)
         if epsilon.ndim == 0:
             epsilon = epsilon.expand(images.shape[0])
         if epsilon.shape[0] != images.shape[0]:
@@ -157,7 +157,7 @@ def freeze_channels(threat: ThreatModel, images: Tensor, channels: Sequence[int]
 
 
 def _expand(bound: Bound, images: Tensor) -> Tensor:
-    value = torch.as_tensor(bound).to(images)
+    value = torch.as_tensor(bound, dtype=images.dtype, device=images.device)
     if value.ndim == 1:  # one value a channel
         value = value[None]
     return per_sample(value, images)

@@ -39,6 +39,7 @@ from nnunet_ima.attacks.autoattack import VERSIONS
 from nnunet_ima.attacks.bpgd import BOUNDARY_SEARCHES, Boundary, bisect, generate_adversarial
 from nnunet_ima.attacks.oracle import Oracle
 from nnunet_ima.attacks.pgd import ascend
+from nnunet_ima.attacks.rounding import InwardRounding
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.losses import SegmentationLoss
@@ -184,7 +185,80 @@ def test_images_and_networks_of_any_precision(attack_name, dtype):
     with torch.no_grad():
         found = problem.criterion.dice(network(result.images), problem.targets)
     assert torch.allclose(result.dice, found.float())
-    assert threat.contains(result.images.float(), images.float(), tolerance=1e-2).all()
+    assert threat.contains(result.images.float(), images.float(), tolerance=1e-6).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([torch.float16, torch.bfloat16]), norms, seeds, st.floats(1e-3, 2.0), st.floats(0.1, 30),
+    st.sampled_from(RANGES),
+)  # fmt: skip
+def test_rounding_inwards_leaves_neither_ball_nor_range(dtype, norm, seed, epsilon, size, kind):
+    generator = torch.Generator().manual_seed(seed)
+    images = (size * torch.randn(3, 2, 5, 4, generator=generator)).to(dtype).float()
+    # Ends that are no numbers of the type.
+    low, high = {"none": (-math.inf, math.inf), "own": image_range(images), "zero to one": (0.1, 0.7)}[kind]
+    threat = ThreatModel(norm, epsilon, low, high)
+    rounding, index = InwardRounding(threat, images, dtype), torch.tensor([2, 0, 1])
+    noise = 2 * epsilon * torch.randn(3, 2, 5, 4, generator=generator)
+    part = threat.select(index)
+    perturbed = part.project(images[index] + noise, images[index])
+    rounded = rounding(perturbed, index)
+    assert torch.equal(rounded, rounded.to(dtype).float())
+    smallest, largest = part.bounds(rounded)
+    assert ((rounded >= smallest) & (rounded <= largest)).all()
+    # No further from the clean image, which is in the range itself, than the point was.
+    start = rounding(part.project(images[index], images[index]), index)
+    assert ((rounded - start).abs() <= (perturbed - start).abs()).all()
+    if kind != "zero to one":
+        assert torch.equal(start, images[index])
+        assert (part.distance(rounded, images[index]) <= part.distance(perturbed, images[index])).all()
+    # And no further from the point than the next number.
+    step = (torch.nextafter(rounded.to(dtype), torch.full_like(rounded, torch.inf).to(dtype)).float() - rounded).abs()
+    assert ((rounded - perturbed).abs() <= 2 * step).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_in_half_precision_every_image_of_an_ensemble_is_the_one_the_network_saw(norm):
+    problem = make_problem("2d classes", 4)
+    images, network = (4 * problem.images).bfloat16(), problem.network.eval().bfloat16()
+    threat = threat_for(images.float(), norm, {"l2": 2.0, "linf": 0.1}[norm])
+    result = AutoAttack(threat, problem.criterion, version="fast")(network, images, problem.targets)
+    for found in result.by_attack.values():
+        assert torch.equal(found.images, found.images.bfloat16().float())
+        assert threat.contains(found.images, images.float(), tolerance=1e-6).all()
+    assert (result.dice < result.clean_dice).all()
+
+
+def test_in_double_precision_ball_and_range_are_those_that_were_given():
+    problem = make_problem("2d classes", 4)
+    images, network = problem.images.double().clamp(-0.1, 0.1), problem.network.eval().double()
+    threat = ThreatModel("linf", 0.1, -0.1, 0.1)
+    result = APGD(threat, problem.criterion, steps=5)(network, images, problem.targets)
+    assert float(result.images.max()) <= 0.1
+    assert float(result.images.min()) >= -0.1
+    assert float((result.images - images).abs().max()) <= 0.1 + 1e-15
+
+
+@pytest.mark.parametrize("make", [PGD, WhiteNoise])
+def test_where_no_gradient_can_be_had_an_attack_says_so(make):
+    """Instead of finding nothing, which would read as robust; without gradients of the caller's own it works."""
+    problem = make_problem("2d classes", 0)
+    attack = make(ThreatModel("l2", 3.0), problem.criterion)
+    with torch.inference_mode(), pytest.raises(ValueError, match="attack outside of it"):
+        attack(problem.network, problem.images, problem.targets)
+    with torch.no_grad():
+        quiet = attack(problem.network, problem.images, problem.targets)
+    assert torch.equal(quiet.images, attack(problem.network, problem.images, problem.targets).images)
+
+
+@every_attack
+def test_a_batch_of_none_is_attacked_without_complaint(attack_name):
+    problem = make_problem("2d classes", 0)
+    attack = SMALL_BUDGET[attack_name](ThreatModel("l2", 1.0), problem.criterion)
+    result = attack(problem.network, problem.images[:0], problem.targets[:0])
+    assert result.images.shape == problem.images[:0].shape
+    assert result.dice.shape == (0,)
 
 
 class Blind(nn.Module):

@@ -73,6 +73,16 @@ DEFENCES = {
         "outputs_are_not_saturated",
         lambda *a: APGD(*a, loss="dlr", steps=20),
     ),
+    "squashed output": Defence(
+        lambda n: Wrapped(n, same, lambda logits: 5 * torch.tanh(100 * logits)),
+        "outputs_are_not_squashed",
+        lambda *a: Square(*a, n_queries=800),
+    ),
+    "sharpened softmax": Defence(
+        lambda n: Wrapped(n, same, lambda logits: 10 * (100 * logits).softmax(1)),
+        "outputs_are_not_squashed",
+        lambda *a: Square(*a, n_queries=800),
+    ),
 }
 
 
@@ -189,6 +199,98 @@ def test_what_has_nothing_to_be_attacked_is_not_flagged():
     assert "gradients_do_not_vanish" in {f.name for f in found if f.passed}
     nothing = problem.images[:0], problem.targets[:0]
     assert check_network(problem.network, *nothing, ThreatModel("l2", 1.0), problem.criterion) == []
+
+
+def with_network(problem: Problem, network: nn.Module) -> Problem:
+    return Problem(network, problem.images, problem.targets, problem.criterion)
+
+
+class Remembering(nn.Module):
+    """Keeps what it was shown: in one buffer that grows, or in a new one each time."""
+
+    def __init__(self, network: nn.Module, new: bool) -> None:
+        super().__init__()
+        self.network, self.new, self.number = network, new, 0
+        self.register_buffer("bank", torch.zeros(0, 8, 8))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.new:
+            self.register_buffer(f"seen_{self.number}", images[:, 0].clone())
+            self.number += 1
+        else:
+            self.bank = torch.cat([self.bank, images[:, 0]])
+        return self.network(images)
+
+
+class ChangingUnstored(nn.Module):
+    """As ``Changing``, in a buffer that no checkpoint holds."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("runs", torch.zeros(()), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.runs += 1
+        return self.network(images)
+
+
+@pytest.mark.parametrize(
+    "plant", [lambda n: Remembering(n, new=False), lambda n: Remembering(n, new=True), ChangingUnstored]
+)
+def test_a_network_that_remembers_is_flagged(plant):
+    problem = make_problem("2d classes", 0)
+    assert "network_is_static" in flags(with_network(problem, plant(problem.network)))
+
+
+class Detecting(nn.Module):
+    """Behaves, until an image looks attacked: then it draws noise, or adapts."""
+
+    def __init__(self, network: nn.Module, images: Tensor, then: str) -> None:
+        super().__init__()
+        self.network, self.usual, self.then = network, images.flatten(1).norm(dim=1).max(), then
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if bool((images.flatten(1).norm(dim=1) > 1.5 * self.usual).any()):
+            if self.then == "noise":
+                return self.network(images + torch.randn(images.shape))
+            self.shift += 0.01
+        return self.network(images + self.shift)
+
+
+@pytest.mark.parametrize(("then", "flag"), [("noise", "same_output_twice"), ("adapt", "network_is_static")])
+def test_a_network_that_waits_for_an_attack_is_flagged(then, flag):
+    problem = make_problem("2d classes", 0)
+    assert flag in flags(with_network(problem, Detecting(problem.network.eval(), problem.images, then)))
+
+
+def test_a_network_whose_samples_depend_on_each_other_is_flagged():
+    problem = make_problem("2d classes", 0, samples=6)
+    own = nn.Sequential(problem.network[0], nn.BatchNorm2d(4, track_running_stats=False), *problem.network[2:])
+    assert "samples_are_apart" in flags(with_network(problem, own))
+
+
+def test_probabilities_that_do_not_sum_to_one_are_probabilities():
+    problem = make_problem("2d classes", 0)
+    assert "outputs_are_logits" in flags(with_network(problem, nn.Sequential(problem.network, nn.Sigmoid())))
+
+
+def test_an_honest_network_that_is_very_sure_passes_all_checks():
+    """Nearly everywhere 1 − p is below 2⁻²⁴, but not lost: the gradient is small, and steps have unit length."""
+    problem = make_problem("2d classes", 3, samples=6, wrong=0.0)
+    with torch.no_grad():
+        best, second = problem.network.eval()(problem.images).topk(2, dim=1).values.unbind(1)
+    factor = 18 / float((best - second).flatten().quantile(0.005))
+    sure = Wrapped(problem.network, same, lambda logits: factor * logits)
+    assert flags(with_network(problem, sure)) == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_is_checked(dtype):
+    problem = make_problem("2d classes", 3, samples=6)
+    half = Problem(problem.network.eval().to(dtype), problem.images.to(dtype), problem.targets, problem.criterion)
+    assert flags(half) == set()
 
 
 def test_a_buffer_of_nan_is_no_change():

@@ -270,6 +270,10 @@ def test_gradients_of_large_images_do_not_underflow_in_half_precision():
     exact = oracle_of(problem).ascent(images, torch.arange(1)).gradient
     rough = oracle_of(problem, autocast=network.low).ascent(images, torch.arange(1)).gradient
     torch.testing.assert_close(rough, exact, rtol=0.02, atol=float(exact.abs().max()) * 2e-3)
+    # The same where the caller says nothing of half precision: his network or his own context is.
+    with network.low():
+        rough = oracle_of(problem).ascent(images, torch.arange(1)).gradient
+    torch.testing.assert_close(rough, exact, rtol=0.02, atol=float(exact.abs().max()) * 2e-3)
 
 
 def test_where_half_precision_overflows_the_gradient_is_that_of_single_precision():
@@ -279,6 +283,43 @@ def test_where_half_precision_overflows_the_gradient_is_that_of_single_precision
     rough = oracle_of(problem, network=network, autocast=network.low).ascent(problem.images, torch.arange(3))
     assert torch.isfinite(rough.gradient).all()
     assert torch.equal(rough.gradient, exact.gradient)
+
+
+def test_where_the_callers_autocast_overflows_single_precision_answers():
+    problem = make_problem("2d classes", 3)
+    large = nn.Sequential(problem.network.eval(), nn.Conv2d(3, 3, 1, bias=False))
+    with torch.no_grad():
+        large[1].weight.copy_(3e5 * torch.eye(3)[:, :, None, None])
+    index = torch.arange(3)
+    exact = oracle_of(problem, network=large).ascent(problem.images, index)
+    with torch.autocast("cpu", torch.float16):
+        assert not torch.isfinite(large(problem.images)).all()
+        oracle = oracle_of(problem, network=large)
+        dice, found = oracle.dice(problem.images, index), oracle.ascent(problem.images, index)
+    assert torch.equal(dice, exact.dice)
+    assert torch.equal(found.gradient, exact.gradient)
+
+
+class SeesOneRegion:
+    """A loss that a careless caller might write: it does not look at the second region."""
+
+    def __call__(self, outputs, targets):
+        return -(outputs[:, 0].sigmoid() * targets[:, 0]).flatten(1).mean(1)
+
+
+def test_nan_that_the_loss_does_not_look_at_is_no_success():
+    problem = make_problem("2d regions", 0)
+    spoilt = torch.tensor([0.0, torch.nan])[:, None, None]
+
+    class Spoilt(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return problem.network(images) + spoilt
+
+    best = BestSoFar(problem.images)
+    oracle = Oracle(Spoilt(), problem.targets, SeesOneRegion(), problem.criterion, best=best)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        oracle.ascent(problem.images, torch.arange(3))
+    assert torch.isinf(best.dice).all()
 
 
 class Root(nn.Module):

@@ -64,3 +64,24 @@ def test_what_is_content_with_wrong_samples_is_compared_with_nothing():
 
 def test_noise_that_is_stronger_than_an_attack_is_flagged():
     assert failed(outcome("apgd", 0.8), outcome("white-noise", 0.5)) == {"gradients_beat_noise"}
+
+
+def test_of_several_kinds_of_noise_the_strongest_counts():
+    weak, strong = outcome("white-noise", 0.7), outcome("white-noise:draws=1000", 0.3)
+    for noises in ((weak, strong), (strong, weak)):
+        assert failed(outcome("apgd", 0.6), *noises) == {"gradients_beat_noise"}
+
+
+FURTHER = Level("10", 10.0)
+
+
+def test_an_attack_that_gets_weaker_at_a_larger_level_is_flagged():
+    assert failed(outcome("apgd", 0.2), outcome("apgd", 0.3, FURTHER)) == {"larger_levels_are_worse"}
+    assert failed(outcome("apgd", 0.3), outcome("apgd", 0.2, FURTHER)) == set()
+
+
+@pytest.mark.parametrize("attack", ["apgd:mode=threshold", "bpgd", "fab:steps=3", "fgsm"])
+def test_what_dice_an_attack_leaves_that_is_content_with_wrong_says_nothing_about_levels(attack):
+    found = outcome(attack, 0.2), outcome(attack, 0.3, FURTHER)
+    assert "larger_levels_are_worse" not in names(*found)
+    assert failed(*found, outcome("apgd", 0.2), outcome("apgd", 0.3, FURTHER)) == {"larger_levels_are_worse"}

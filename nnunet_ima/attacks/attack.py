@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nnunet_ima.attack_losses import LOSSES, LossFunction
 from nnunet_ima.attacks.graphs import CudaGraphs
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle, undisturbed
+from nnunet_ima.attacks.rounding import InwardRounding
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.precision import Autocast
@@ -115,11 +116,13 @@ class Attack(ABC):
         The network comes back in the mode, and with the gradients, that it came in; no global random state changes.
 
         Raises:
-            ValueError: images and targets do not fit together, or an image holds NaN or infinity.
+            ValueError: images and targets do not fit together, an image holds NaN or infinity, or
+                ``torch.inference_mode()`` is on.
         """
         with self.session(network, images, targets) as (oracle, best):
             clean_dice = best.dice.clone()
             self.run(oracle, images.detach().to(best.images), best)
+        # Exact: in half precision every image that was asked about is a rounded one.
         found = best.images.to(images.dtype)
         return AttackResult(found, best.dice, clean_dice, oracle.forward_passes, oracle.backward_passes)
 
@@ -132,12 +135,14 @@ class Attack(ABC):
         """
         check_batch(images, targets)
         # The search needs more digits than half precision has.
-        searched = images.detach() if images.dtype in (torch.float32, torch.float64) else images.detach().float()
+        half = images.dtype not in (torch.float32, torch.float64)
+        searched = images.detach().float() if half else images.detach()
+        rounding = InwardRounding(self.threat, searched, images.dtype) if half else None
         start = self.threat.project(searched, searched)
         best = BestSoFar(start)
         with undisturbed(network):
             oracle = Oracle(
-                network=network if searched.dtype == images.dtype else _InDtype(network, images.dtype),
+                network=_InDtype(network, images.dtype) if half else network,
                 targets=targets,
                 loss=self.loss_function(),
                 criterion=self.criterion,
@@ -146,6 +151,7 @@ class Attack(ABC):
                 best=best,
                 repeats=self.repeats,
                 graphs=self.graphs,
+                rounding=rounding,
             )
             oracle.dice(start, torch.arange(len(images), device=images.device))
             yield oracle, best
@@ -194,6 +200,8 @@ class _InDtype(nn.Module):
 def check_batch(images: Tensor, targets: Outputs) -> None:
     """Refuse what cannot be attacked."""
     target = first(targets)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("an attack needs gradients, which torch.inference_mode() forbids; attack outside of it.")
     if images.ndim not in (4, 5):
         raise ValueError(f"images have shape {tuple(images.shape)}; (B, C, H, W) or (B, C, D, H, W) is needed.")
     if not images.is_floating_point():

@@ -107,6 +107,11 @@ class AutoAttack(Attack):
         """See :attr:`Attack.takes_windows`."""
         return all(member.takes_windows for member in self.chosen_members().values())
 
+    @property
+    def repeats(self) -> int:
+        """As many as the member that asks most often, so that no sample begins with a lucky draw."""
+        return max((member.repeats for member in self.chosen_members().values()), default=1)
+
     def chosen_members(self) -> dict[str, Attack]:
         """The members, with what they share."""
         shared: dict[str, Any] = {

@@ -23,9 +23,14 @@ from nnunet_ima.losses import Outputs
 from nnunet_ima.threat import ThreatModel
 
 RUNS = 3
-# 1 − p below this is 0 in single precision: cross entropy and soft Dice are flat there.
-SATURATED = 2.0**-24
+# 1 − p below this is lost in single precision: cross entropy and soft Dice are flat there.
+SATURATED = 2.0**-126
 STEPS_AT_HUGE_EPSILON = 20
+# Kernels that add in another order differ in the last digits; noise differs in the first.
+SAME = 1e-3
+# Of a network that says how sure it is, not so many voxels of the structures have the same margin. Of fewer than FEW
+# voxels nothing is said.
+PILE, FEW = 0.5, 20
 # Of the clean Dice, what may be left at a huge ε.
 LEFT_AT_HUGE_EPSILON = 0.25
 
@@ -70,17 +75,22 @@ def check_network(
         start, before = best.images.clone(), _state(network)
         with watched() as used:
             runs = [oracle.logits(start, index) for _ in range(RUNS)]
-        stays = all(_equal(was, now) for was, now in zip(before, _state(network), strict=True))
+        alone = oracle.logits(start[:1], index[:1])
         gradient = oracle.under(LOSSES["dice-ce"](criterion.labels)).ascent(start, index).gradient
         clean = best.dice.clone()
-        attack.run(oracle, images.detach(), best)
+        attack.run(oracle, images.detach().to(start), best)
+        # A defence may wait until it sees something unusual.
+        there = [oracle.logits(best.images, index) for _ in range(RUNS)]
+        stays = _same_state(before, _state(network))
     moves = torch.where(threat.perturbable(images), gradient, torch.zeros_like(gradient)).flatten(1).abs().amax(1) > 0
     # Of a sample whose Dice is 0, or all of whose voxels are ignored, nothing is wanted.
     flat = ~moves & (clean > 0) & criterion.labels.valid(oracle.target).flatten(1).any(1)
     return [
-        _same_output(runs),
-        _logits(runs[0], criterion),
+        _same_output(runs, there),
+        _samples_apart(runs, alone),
+        _logits(runs[0]),
         _not_saturated(runs[0], oracle.target, criterion),
+        _not_squashed(runs[0], oracle.target, criterion),
         _finding(
             "gradients_do_not_vanish",
             not bool(flat.any()),
@@ -110,25 +120,38 @@ def huge(threat: ThreatModel, images: Tensor) -> ThreatModel:
     return threat.with_epsilon(farthest(threat.with_epsilon(0.0), images))
 
 
-def _same_output(runs: list[Tensor]) -> Finding:
-    # Kernels that add in another order differ in the last digits; noise differs in the first.
+def _spread(runs: list[Tensor]) -> float:
+    """The largest difference between answers to the same question, as a share of the largest logit."""
     scale = float(runs[0].abs().max().clamp_min(1e-12))
-    largest = max(float((run - runs[0]).abs().max()) for run in runs[1:]) / scale
+    return max(float((run - runs[0]).abs().max()) for run in runs[1:]) / scale
+
+
+def _same_output(*asked: list[Tensor]) -> Finding:
     return _finding(
         "same_output_twice",
-        largest < 1e-3,
+        max(_spread(runs) for runs in asked) < SAME,
         "the network gives the same output twice",
         "the network gives another output for the same image: a lucky draw looks like an attack's success, and one "
         "gradient is noise; use apgd:eot=20, which averages",
     )
 
 
-def _logits(logits: Tensor, criterion: DiceCriterion) -> Finding:
-    inside = bool(((logits >= 0) & (logits <= 1)).all())
-    sums = criterion.labels.regions or bool(torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-3))
+def _samples_apart(runs: list[Tensor], alone: Tensor) -> Finding:
+    # What differs from run to run differs here, too, and has a check of its own.
+    return _finding(
+        "samples_are_apart",
+        _spread([runs[0][:1], alone]) < max(SAME, 2 * _spread(runs)),
+        "a sample's output does not depend on the others in its batch",
+        "a sample's output depends on the other samples in its batch, as with batch norm without running statistics: "
+        "its Dice is that of this batch alone, and an attack on one sample disturbs the others; give the network one "
+        "sample at a time (chunk=1)",
+    )
+
+
+def _logits(logits: Tensor) -> Finding:
     return _finding(
         "outputs_are_logits",
-        not (inside and sums),
+        not bool(((logits >= 0) & (logits <= 1)).all()),
         "outputs are logits, not probabilities",
         "outputs are probabilities: softmax or sigmoid would be applied twice, which flattens every loss; give the "
         "network without its last activation",
@@ -148,6 +171,34 @@ def _not_saturated(logits: Tensor, target: Tensor, criterion: DiceCriterion) -> 
     )
 
 
+def _not_squashed(logits: Tensor, target: Tensor, criterion: DiceCriterion) -> Finding:
+    """Margins that pile up at one value have been pressed against a bound, where a function is flat.
+
+    Background is left out: where an image is empty an honest network, too, says the same everywhere.
+    """
+    voxels = look_at(logits, target, criterion.labels)
+    structure = criterion.labels.foreground(target, logits.shape[1])
+    structure = structure if criterion.labels.regions else structure.any(1, keepdim=True)
+    margins = voxels.margin[structure & voxels.valid].abs()
+    share = _largest_pile(margins)
+    return _finding(
+        "outputs_are_not_squashed",
+        share < PILE,
+        "the margins of the structures' voxels differ from each other",
+        f"{100 * share:.0f} % of the structures' voxels have the same margin to a thousandth: something presses the "
+        f"logits against a bound, where they have next to no gradient; attack without it, or use square",
+    )
+
+
+def _largest_pile(values: Tensor) -> float:
+    """The largest share of ``values`` (n,) that lies within a thousandth of the largest one of each other."""
+    if len(values) < FEW:
+        return 0.0
+    ordered = values.double().sort().values
+    ends = torch.searchsorted(ordered, ordered + float(ordered[-1]) / 1000, right=True)
+    return float((ends - torch.arange(len(ordered), device=ordered.device)).max()) / len(ordered)
+
+
 def _finding(name: str, passed: bool, good: str, bad: str) -> Finding:
     return Finding(name, passed, good if passed else bad)
 
@@ -157,8 +208,17 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
-def _state(network: nn.Module) -> list[Tensor]:
-    return [value.detach().clone() for value in network.state_dict().values() if isinstance(value, Tensor)]
+def _same_state(before: dict[str, Tensor], now: dict[str, Tensor]) -> bool:
+    """A bank of examples may have grown."""
+    return before.keys() == now.keys() and all(
+        was.shape == now[name].shape and _equal(was, now[name]) for name, was in before.items()
+    )
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are not stored belong to it, too."""
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {name: value.detach().clone() for name, value in state.items()}
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.losses import Outputs, first
 from nnunet_ima.lp import per_sample
-from nnunet_ima.precision import Autocast
+from nnunet_ima.precision import Autocast, single_precision
 
 
 class Ascent(NamedTuple):
@@ -64,6 +66,8 @@ class Oracle:
         graphs: on CUDA, answer by replaying graphs, in passes of their sizes instead of ``chunk``. Losses and criteria
             that are equal must then compute the same.
         checked: the targets are known to belong to the network; else the first answer looks at them.
+        rounding: makes of points and index the images that the network is really asked about, and that are kept; None
+            for the points themselves.
 
     A pass that has to be repeated in single precision, because half precision overflowed, counts once.
     """
@@ -80,7 +84,9 @@ class Oracle:
         repeats: int = 1,
         graphs: CudaGraphs | None = None,
         checked: bool = False,
+        rounding: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
+        self._rounding = rounding
         self._repeats = repeats
         self._graphs = graphs
         self._readable = checked
@@ -133,6 +139,7 @@ class Oracle:
             UserError: the output is NaN or infinite, in single precision too.
         """
         with torch.no_grad():
+            images = self._rounded(images, index)
             parts = [finite_logits(self._network, part, self._autocast, real)[:real]
                      for part, _, real in self._parts(images, index)]  # fmt: skip
         self._count(self.forward_passes, index)
@@ -144,7 +151,7 @@ class Oracle:
         Raises:
             UserError: the output is NaN or infinite, in single precision too.
         """
-        loss = self._loss_at(progress)
+        loss, images = self._loss_at(progress), self._rounded(images, index)
 
         def once() -> tuple[Tensor, Tensor]:
             parts = [self._score_of(loss, *part) for part in self._parts(images, index)]
@@ -160,6 +167,7 @@ class Oracle:
         Raises:
             UserError: the output is NaN or infinite, in single precision too.
         """
+        images = self._rounded(images, index)
         with torch.no_grad():
             (dice,) = self._mean(lambda: (_cat([self._dice_of(*part) for part in self._parts(images, index)], images),))
         return self._record(images, index, dice)
@@ -175,7 +183,7 @@ class Oracle:
         Raises:
             UserError: the loss or its gradient is NaN or infinite, in single precision too.
         """
-        loss = self._loss_at(progress)
+        loss, images = self._loss_at(progress), self._rounded(images, index)
 
         def once() -> tuple[Tensor, Tensor, Tensor]:
             parts = [self._ascent_of(loss, *part) for part in self._parts(images, index)]
@@ -185,6 +193,9 @@ class Oracle:
         losses, gradient, dice = self._mean(once)
         self._count(self.backward_passes, index)
         return Ascent(losses, gradient, self._record(images, index, dice))
+
+    def _rounded(self, images: Tensor, index: Tensor) -> Tensor:
+        return images if self._rounding is None else self._rounding(images.detach(), index)
 
     def _mean(self, once: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The mean of what ``once`` answers, over the repeats."""
@@ -260,7 +271,8 @@ class Oracle:
         if not bool(bad.any()):
             return answer
         # Half precision overflowed: these samples, and no neighbour, get their answer in the images' own precision.
-        again = Ascent(*(part[:real] for part in self._differentiate(loss, images, targets, nullcontext)))
+        single = partial(single_precision, images.device)
+        again = Ascent(*(part[:real] for part in self._differentiate(loss, images, targets, single)))
         if bool(_unusable(again)[bad].any()):
             # NaN logits read as class 0, and a step along such a gradient ends at an image of NaN: like a success.
             raise UserError("the network cannot be attacked: its loss, or the gradient, is NaN or infinite.")
@@ -291,14 +303,19 @@ class Oracle:
             with autocast():
                 outputs = self._network(images)
             loss = loss_function(outputs, targets)
-            # The loss is a mean over voxels: in half precision its gradient (about 1/voxels) would underflow to zero.
-            scale = float(images[0, 0].numel()) if autocast is not nullcontext else 1.0
+            # The loss is a mean over voxels: in half precision its gradient (about 1/voxels) would underflow to zero. A
+            # power of two changes no digit of it in any other precision.
+            scale = 2.0 ** round(math.log2(images[0, 0].numel()))
             # A network behind a step function does not depend on the image as far as autograd knows.
             gradient = torch.zeros_like(images)
             if loss.requires_grad:
                 (found,) = torch.autograd.grad(loss.sum() * scale, images, allow_unused=True)
                 gradient = gradient if found is None else found
-        return Ascent(loss.detach(), gradient / scale, self._dice(first(outputs).detach(), targets))
+        logits = first(outputs).detach()
+        # A loss of the caller's may not see all of them; NaN logits read as class 0.
+        finite = torch.isfinite(logits).flatten(1).all(1)
+        loss = torch.where(finite, loss.detach(), torch.nan)
+        return Ascent(loss, gradient / scale, self._dice(logits, targets))
 
     def _dice(self, logits: Tensor, targets: Outputs) -> Tensor:
         if self._criterion is None:
@@ -322,7 +339,9 @@ def finite_logits(network: nn.Module, images: Tensor, autocast: Autocast, real: 
         logits = first(network(images)).float()
     bad = ~torch.isfinite(logits).flatten(1).all(1)
     if bool(bad[:real].any()):
-        logits = torch.where(per_sample(bad, logits), first(network(images)).float(), logits)
+        with single_precision(images.device):
+            again = first(network(images)).float()
+        logits = torch.where(per_sample(bad, logits), again, logits)
         if not bool(torch.isfinite(logits[:real]).all()):
             raise UserError("the network cannot be attacked: its output is NaN or infinite.")
     return logits
