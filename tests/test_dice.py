@@ -12,7 +12,7 @@ from tiny_networks import IGNORE, KINDS, make_problem, seeded
 from torch import Tensor
 
 from nnunet_ima.dice import REDUCTIONS, Confusion, DiceCriterion, class_dice, confusion, sample_dice
-from nnunet_ima.labels import Labels
+from nnunet_ima.labels import Labels, likeliest_class
 
 kinds = st.sampled_from(sorted(KINDS))
 seeds = st.integers(0, 10_000)
@@ -126,6 +126,17 @@ def test_dice_of_each_class_is_monais_where_the_target_holds_it(kind, seed):
     ours = class_dice(confusion(logits, target, labels))
     held = labels.foreground(target, heads).flatten(2).any(2)
     torch.testing.assert_close(ours[held], monai[held])
+
+
+@given(st.integers(2, 5), st.integers(1, 6), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), seeds)
+def test_the_likeliest_class_is_that_of_argmax_also_among_equals(classes, values, dtype, seed):
+    """Few different values: many voxels with equal logits; some are NaN or infinite."""
+    generator = seeded(seed)
+    logits = torch.randint(0, values, (2, classes, 7, 5), generator=generator).to(dtype)
+    for strange in (torch.nan, torch.inf, -torch.inf):
+        where = torch.rand(logits.shape, generator=generator) < 0.05
+        logits = logits.masked_fill(where, strange)
+    assert torch.equal(likeliest_class(logits), logits.argmax(1, keepdim=True))
 
 
 def test_an_empty_target():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnunet_ima.attack_losses.voxels import true_class, without
-from nnunet_ima.labels import Labels
+from nnunet_ima.labels import Labels, likeliest_class
 from nnunet_ima.losses import Outputs, first
 
 
@@ -95,7 +95,7 @@ def _log_odds(right: Tensor, wrong: Tensor, inside: Tensor, background: Tensor, 
 
 def _log_complement(log_probability: Tensor) -> Tensor:
     """log(1 − p) of each class (B, K, *spatial), accurate where p is 1 to all digits."""
-    winner = log_probability.argmax(1, keepdim=True)
+    winner = likeliest_class(log_probability)
     # 1 − p loses its digits where p is close to 1, which only the winner can be: there, the sum of the others.
     losers = torch.log1p(-log_probability.exp().clamp(max=0.5))
     return losers.scatter(1, winner, without(log_probability, winner).logsumexp(1, keepdim=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnunet_ima.labels import Labels
+from nnunet_ima.labels import Labels, likeliest_class
 
 
 class Voxels(NamedTuple):
@@ -55,7 +55,7 @@ def look_at(logits: Tensor, target: Tensor, labels: Labels) -> Voxels:
         log_wrong=without(log_probability, truth).logsumexp(1, keepdim=True),
         margin=logits.gather(1, truth) - others.amax(1, keepdim=True),
         # As the prediction is made: among equals the first wins.
-        correct=logits.argmax(1, keepdim=True) == truth,
+        correct=likeliest_class(logits) == truth,
         valid=valid,
     )
 
