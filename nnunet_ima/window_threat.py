@@ -85,7 +85,7 @@ class WindowThreat(ThreatModel):
         return torch.stack([squares[window].sum() for window in self.windows]).sqrt().to(delta.dtype)
 
     def _radii(self, like: Tensor) -> Tensor:
-        epsilon = torch.as_tensor(self.epsilon).to(like).reshape(1)
+        epsilon = torch.as_tensor(self.epsilon, dtype=like.dtype, device=like.device).reshape(1)
         return epsilon.expand(len(self.windows)) if self.shares is None else epsilon * self.shares.to(like)
 
     def _largest_around(self, values: Tensor, like: Tensor) -> Tensor:

@@ -244,7 +244,7 @@ def test_a_network_that_remembers_is_flagged(plant):
 
 
 class Detecting(nn.Module):
-    """Behaves, until an image looks attacked: then it draws noise, or adapts."""
+    """Behaves, until an image looks attacked: then it draws noise, adapts, or purifies."""
 
     def __init__(self, network: nn.Module, images: Tensor, then: str) -> None:
         super().__init__()
@@ -255,11 +255,16 @@ class Detecting(nn.Module):
         if bool((images.flatten(1).norm(dim=1) > 1.5 * self.usual).any()):
             if self.then == "noise":
                 return self.network(images + torch.randn(images.shape))
+            if self.then == "purify":
+                return Optimising(self.network)(images)
             self.shift += 0.01
         return self.network(images + self.shift)
 
 
-@pytest.mark.parametrize(("then", "flag"), [("noise", "same_output_twice"), ("adapt", "network_is_static")])
+@pytest.mark.parametrize(
+    ("then", "flag"),
+    [("noise", "same_output_twice"), ("adapt", "network_is_static"), ("purify", "network_is_static")],
+)
 def test_a_network_that_waits_for_an_attack_is_flagged(then, flag):
     problem = make_problem("2d classes", 0)
     assert flag in flags(with_network(problem, Detecting(problem.network.eval(), problem.images, then)))
@@ -269,6 +274,22 @@ def test_a_network_whose_samples_depend_on_each_other_is_flagged():
     problem = make_problem("2d classes", 0, samples=6)
     own = nn.Sequential(problem.network[0], nn.BatchNorm2d(4, track_running_stats=False), *problem.network[2:])
     assert "samples_are_apart" in flags(with_network(problem, own))
+
+
+class DependsOnSize(nn.Module):
+    """Rounds differently in batches of another size, as half precision on a GPU may; but a sample is a sample."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images) * (1 + 0.01 * len(images))
+
+
+def test_kernels_that_differ_with_the_size_of_a_batch_are_no_defence():
+    problem = make_problem("2d classes", 0, samples=6)
+    assert flags(with_network(problem, DependsOnSize(problem.network))) == set()
 
 
 def test_probabilities_that_do_not_sum_to_one_are_probabilities():

@@ -159,3 +159,23 @@ def test_a_sample_from_which_nothing_more_can_be_gained_costs_no_further_pass(mo
     assert result.dice.tolist() == [0.0, 1.0]
     assert int(result.forward_passes[0]) < 20
     assert int(result.forward_passes[1]) > 100
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_the_closest_images_are_wrong_as_they_are(norm, dtype):
+    found = 0
+    for seed in range(6):
+        problem = make_problem("2d classes", seed, samples=6, wrong=0.05)
+        network, images = problem.network.eval().to(dtype), (4 * problem.images).to(dtype)
+        margins = FAB(ThreatModel(norm, 1.0), problem.criterion, steps=10, targets=1).margins(
+            network, images, problem.targets
+        )
+        assert torch.equal(margins.images, margins.images.to(dtype).float())
+        with torch.no_grad():
+            dice = problem.criterion.dice(network(margins.images.to(dtype)), problem.targets)
+        reached = torch.isfinite(margins.norms)
+        assert not problem.criterion.is_correct(dice)[reached].any()
+        assert torch.allclose(lp_norm(margins.images - images.float(), norm)[reached], margins.norms[reached])
+        found += int(reached.sum())
+    assert found > 10

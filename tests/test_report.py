@@ -20,9 +20,11 @@ from results_of_runs import ATTACK, ENSEMBLE, NOISE, make_run
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.report import write_report
 from nnunet_ima.evaluation.report.charts import axis_around
 from nnunet_ima.evaluation.report.figures import Setting, settings_of
+from nnunet_ima.evaluation.report.pictures import perturbation
 from nnunet_ima.evaluation.report.published import published_for
 from nnunet_ima.evaluation.report.sentences import headline, price
 from nnunet_ima.evaluation.report.tables import (
@@ -135,14 +137,16 @@ def test_a_reader_learns_of_how_many_samples_that_is_and_what_the_mean_over_leve
         by_sample = [100 * float(table.dice.mean()) for table in samples]
         assert f"(ADI): {by_sample[0]:.1f} % against {by_sample[1]:.1f} %" in text
         assert f"L2 5 is {5 / (24 * 20) ** 0.5:.2g} z-scores in each of a patch's 480 voxels" in text
-    assert text.count(f"Attacked: 40 slices of 8 cases, with {NOISE} and {ATTACK}.") == 2
+    assert (
+        text.count(f"Attacked: 40 samples of 8 cases, each sample of 24 × 20 voxels, with {NOISE} and {ATTACK}.") == 2
+    )
     assert "IMA: the median went from 3.00 to 4.00 in the last quarter" in text
 
 
 def test_models_attacked_on_other_samples_each_say_how_many(tmp_path):
     runs = [make_run(tmp_path / t, cases=n, title=t, patch=(8, 8, 8)) for t, n in (("A", 8), ("B", 9))]
     text = Text(write_report(runs, tmp_path / "out").read_text(encoding="utf-8")).text
-    assert "Attacked: A: 40 tiles of 8 cases; B: 45 tiles of 9 cases" in text
+    assert "Attacked: A: 40 samples of 8 cases; B: 45 samples of 9 cases, each sample of 8 × 8 × 8 voxels" in text
 
 
 def test_several_attacks_are_not_one(tmp_path):
@@ -185,6 +189,13 @@ def test_a_difference_that_rounds_to_nothing_has_no_sign(value):
     assert float(shown) == pytest.approx(value, abs=0.0501)
     assert shown == "0.0" or shown[0] in "+-"
     assert shown not in ("-0.0", "+0.0")
+
+
+def test_where_nothing_was_added_no_colour_is_explained():
+    image = np.zeros((4, 5), np.float32)
+    mask = np.zeros((1, 4, 5), bool)
+    assert perturbation(Example("a", 0, 0.9, 0.9, image, image, mask, mask, mask))[1] == 0
+    assert perturbation(Example("a", 0, 0.9, 0.9, image, image + 0.5, mask, mask, mask))[1] == 0.5
 
 
 def test_the_page_needs_no_network_and_is_well_formed(page):
@@ -234,6 +245,12 @@ def test_few_cases_are_said_to_be_few(tmp_path):
     text = Text(write_report(few, tmp_path / "out").read_text(encoding="utf-8")).text
     assert "there are fewer than 6 cases" in text
     assert "too narrow" in text
+    # Ten samples can be clear, two cases cannot: nothing of the kind is said of others, and no p on top.
+    assert "On these few cases, B is more robust than A" in text
+    assert "there are too few cases to say whether that would be so on others" in text
+    assert "(p " not in text[: text.index("Dice against level")]
+    assert "so p is too small" in text
+    assert "sample by sample where there are fewer than six cases" in text
     tiny = [make_run(tmp_path / t, attacked={"5": d}, title=t, cases=1, tiles=3) for t, d in (("C", 0.2), ("D", 0.8))]
     assert "nobody can say whether a difference is chance" in write_report(tiny, tmp_path / "tiny").read_text(
         encoding="utf-8"
@@ -557,6 +574,18 @@ def test_what_is_folded_on_the_screen_is_open_on_paper_and_nothing_is_cut(tab):
     tab.emulate_media(media="screen")
     tab.evaluate("dispatchEvent(new Event('afterprint'))")
     assert folded.count() == closed
+
+
+def test_many_models_with_long_names_fit_on_paper(browser, tmp_path):
+    titles = [f"nnUNetTrainerTRADES{number}" for number in range(4)]
+    runs = [make_run(tmp_path / title, title=title, seed=number) for number, title in enumerate(titles)]
+    page = write_report(runs, tmp_path / "out", titles)
+    opened = browser.new_page(viewport={"width": 718, "height": 1000})
+    opened.goto(page.as_uri())
+    opened.emulate_media(media="print")
+    for table in opened.locator("table").all():
+        assert table.evaluate("table => table.scrollWidth") <= 718
+    opened.close()
 
 
 def test_on_a_telephone_the_first_column_stays(tab):

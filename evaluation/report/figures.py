@@ -62,14 +62,19 @@ class Setting:
 
     @property
     def attacked_samples(self) -> str:
-        """How many of what, of which cases: ``40 slices of 6 cases``; of several runs that differ, of each."""
-        kind = "slices" if " × " in self.patch and self.patch.count(" × ") == 1 else "tiles"
-        tables = [run.samples[UNTOUCHED] for run in self.runs]
-        found = [f"{len(table.cases)} {kind} of {len(set(table.cases.tolist()))} cases" for table in tables]
-        return (
-            found[0]
-            if self.comparable
-            else "; ".join(f"{run.title}: {text}" for run, text in zip(self.runs, found, strict=True))
+        """How many samples of how many cases; of runs that differ, of each."""
+        found = []
+        for table in (run.samples[UNTOUCHED] for run in self.runs):
+            cases = len(set(table.cases.tolist()))
+            found.append(f"{len(table.cases)} samples of {cases} case{'s' if cases > 1 else ''}")
+        each = "; ".join(f"{run.title}: {text}" for run, text in zip(self.runs, found, strict=True))
+        return f"{found[0] if self.comparable else each}, each sample of {self.patch} voxels"
+
+    @property
+    def few_cases(self) -> bool:
+        """Whether there are so few that samples stand in for them, which resemble each other."""
+        return any(
+            units(run.samples[UNTOUCHED].cases, run.samples[UNTOUCHED].counts)[0] != "cases" for run in self.runs
         )
 
     @property
@@ -149,8 +154,7 @@ class Setting:
     @cached_property
     def unit_resampled(self) -> str:
         """What the intervals come from, with a warning where that is samples."""
-        found = {units(run.samples[UNTOUCHED].cases, run.samples[UNTOUCHED].counts)[0] for run in self.runs}
-        if found == {"cases"}:
+        if not self.few_cases:
             return "cases"
         return (
             f"samples (there are fewer than {FEWEST} cases; samples of one case resemble each other, so these "
@@ -159,11 +163,13 @@ class Setting:
 
     @property
     def p_note(self) -> str:
-        """How small p can be at all, where that is not small; empty otherwise."""
+        """What is to be known of p: how small it can be at all, or that it is too small; empty if neither matters."""
+        if self.few_cases:
+            return " Samples of one case resemble each other, so p is too small."
         table = self.runs[0].samples[UNTOUCHED]
-        kind, counts = units(table.cases, table.counts)
-        least = smallest_p(len(counts))
-        return f" With {len(counts)} {kind} no p can be below {least:.3f}." if least > 0.001 else ""
+        cases = len(units(table.cases, table.counts)[1])
+        least = smallest_p(cases)
+        return f" With {cases} cases no p can be below {least:.3f}." if least > 0.001 else ""
 
     @cached_property
     def choice_note(self) -> str:

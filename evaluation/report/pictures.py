@@ -26,8 +26,9 @@ def both_sides(example: Example) -> tuple[str, str]:
 def perturbation(example: Example) -> tuple[str, float]:
     """What was added, as a data URI; red is brighter, blue is darker. And what the strongest colour means, z-scores."""
     difference = example.perturbed - example.image
-    most = max(float(np.abs(difference).max()), 1e-12)
-    return _embed(difference, "RdBu_r", -most, most, []), most
+    most = float(np.abs(difference).max())
+    end = max(most, 1e-12)
+    return _embed(difference, "RdBu_r", -end, end, []), most
 
 
 def _draw(image: Picture, target: Picture, found: Picture, low: float, high: float) -> str:

@@ -145,6 +145,7 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
         attacks=attacks_of(runs),
         protocols={setting.protocol for setting in settings},
         whole_cases=any(run.cases.get(UNTOUCHED) for run in runs),
+        few=any(setting.few_cases for setting in settings),
         end_to_end=any("end_to_end" in run.summary for run in runs),
         details=[{"title": run.title, "name": setting.name, "command": run.summary["command"],
                   "text": json.dumps(_settings(run.summary), indent=2)}

@@ -57,9 +57,11 @@ def headline(setting: Setting) -> str:
     shown = min(beaten, key=lambda other: -setting.robust_mean(other))
     difference = setting.difference(best, shown, level)
     assert difference is not None
+    here = "On these few cases, " if setting.few_cases else ""
     sentence = (
-        f"{best.title} is more robust than {_and(other.title for other in beaten)}: at {setting.norm_name} {level}, "
-        f"{_under(setting)}, it holds {percent(setting.interval(best, setting.worst(best, level)))} Dice "
+        f"{here}{best.title} is more robust than {_and(other.title for other in beaten)}: "
+        f"at {setting.norm_name} {level}, {_under(setting)}, it holds "
+        f"{percent(setting.interval(best, setting.worst(best, level)))} Dice "
         f"against {percent(setting.interval(shown, setting.worst(shown, level)))}"
     )
     if len(beaten) > 1:
@@ -80,9 +82,10 @@ def evidence(setting: Setting) -> str:
         return ""
     levels = f"{setting.norm_name} {_and(text for text, _ in setting.levels)}"
     over = f"On average over {levels}" if len(setting.levels) > 1 else f"At {levels}"
-    return (
-        f"{over}, {best.title} holds {points(mean)} more than {other.title} (p {probability(mean.p)}).{setting.p_note}"
-    )
+    sentence = f"{over}, {best.title} holds {points(mean)} more than {other.title}"
+    if setting.few_cases:
+        return f"{sentence}; there are too few cases to say whether that would be so on others."
+    return f"{sentence} (p {probability(mean.p)}).{setting.p_note}"
 
 
 def price(setting: Setting) -> str:
@@ -100,7 +103,7 @@ def price(setting: Setting) -> str:
         f"{reference.title}"
     )
     if difference is None or not difference.clear:
-        sentence = f"On clean scans no difference can be told: {clean}."
+        sentence = f"On clean scans no difference in pooled Dice (TVDI) can be told: {clean}."
     elif difference.interval.value < 0:
         sentence = f"It costs nothing on clean scans: {clean}."
     else:
@@ -169,7 +172,7 @@ def _price_of_a_sample(setting: Setting, best: Results, reference: Results) -> s
     word = "less" if difference.interval.value >= 0 else "more"
     return (
         f" By the mean of the samples' own Dice (ADI): {100 * values[0]:.1f} % against {100 * values[1]:.1f} %, "
-        f"{points(difference)} {word}, p {probability(difference.p)}."
+        f"{points(difference)} {word}" + ("." if setting.few_cases else f", p {probability(difference.p)}.")
     )
 
 

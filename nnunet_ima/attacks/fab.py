@@ -139,7 +139,7 @@ class FAB(Attack):
         index = index[torch.isfinite(norms[index])]
         right = start[index]
         for _ in range(self.bisections if len(index) else 0):
-            middle = (right + closest[index]) / 2
+            middle = oracle.rounded((right + closest[index]) / 2, index)
             dice = oracle.dice(middle, index)
             credit(self.threat.select(index), best, images[index], middle, dice, index)
             wrong = ~self.criterion.is_correct(dice)
@@ -206,7 +206,7 @@ class _Walk:
         clean = self.start[index]
         threat = self.attack.threat.select(index)
         low, high = threat.bounds(clean)
-        point = self.point[index]
+        point = oracle.rounded(self.point[index], index)
         answer = oracle.ascent(point, index)
         self._learn(index, point, answer.loss, answer.dice)
         normal = torch.where(threat.perturbable(clean), answer.gradient, torch.zeros_like(answer.gradient))
@@ -224,7 +224,7 @@ class _Walk:
         moved = moved.nan_to_num(0.0, 1e6, -1e6)
         reach = size(threat, moved - clean, clean)
         moved = clean + per_sample((limit / reach.clamp_min(1e-12)).clamp(max=1.0), moved) * (moved - clean)
-        moved = moved.maximum(low).minimum(high)
+        moved = oracle.rounded(moved.maximum(low).minimum(high), index)
         loss, dice = oracle.score(moved, index)
         wrong = self._learn(index, moved, loss, dice)
         self.point[index] = torch.where(per_sample(wrong, moved), clean + BACKWARD * (moved - clean), moved)

@@ -132,6 +132,10 @@ class Oracle:
             other._repeats = repeats
         return other
 
+    def rounded(self, images: Tensor, index: Tensor) -> Tensor:
+        """The images that the network is really asked about when it is asked about these (n, C, *spatial)."""
+        return images if self._rounding is None else self._rounding(images.detach(), index)
+
     def logits(self, images: Tensor, index: Tensor) -> Tensor:
         """Full-resolution logits (n, K, *spatial) of ``images`` (n, C, *spatial) for the samples ``index`` (n,).
 
@@ -139,7 +143,7 @@ class Oracle:
             UserError: the output is NaN or infinite, in single precision too.
         """
         with torch.no_grad():
-            images = self._rounded(images, index)
+            images = self.rounded(images, index)
             parts = [finite_logits(self._network, part, self._autocast, real)[:real]
                      for part, _, real in self._parts(images, index)]  # fmt: skip
         self._count(self.forward_passes, index)
@@ -151,7 +155,7 @@ class Oracle:
         Raises:
             UserError: the output is NaN or infinite, in single precision too.
         """
-        loss, images = self._loss_at(progress), self._rounded(images, index)
+        loss, images = self._loss_at(progress), self.rounded(images, index)
 
         def once() -> tuple[Tensor, Tensor]:
             parts = [self._score_of(loss, *part) for part in self._parts(images, index)]
@@ -167,7 +171,7 @@ class Oracle:
         Raises:
             UserError: the output is NaN or infinite, in single precision too.
         """
-        images = self._rounded(images, index)
+        images = self.rounded(images, index)
         with torch.no_grad():
             (dice,) = self._mean(lambda: (_cat([self._dice_of(*part) for part in self._parts(images, index)], images),))
         return self._record(images, index, dice)
@@ -183,7 +187,7 @@ class Oracle:
         Raises:
             UserError: the loss or its gradient is NaN or infinite, in single precision too.
         """
-        loss, images = self._loss_at(progress), self._rounded(images, index)
+        loss, images = self._loss_at(progress), self.rounded(images, index)
 
         def once() -> tuple[Tensor, Tensor, Tensor]:
             parts = [self._ascent_of(loss, *part) for part in self._parts(images, index)]
@@ -193,9 +197,6 @@ class Oracle:
         losses, gradient, dice = self._mean(once)
         self._count(self.backward_passes, index)
         return Ascent(losses, gradient, self._record(images, index, dice))
-
-    def _rounded(self, images: Tensor, index: Tensor) -> Tensor:
-        return images if self._rounding is None else self._rounding(images.detach(), index)
 
     def _mean(self, once: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The mean of what ``once`` answers, over the repeats."""
