@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from test_oracle import state_of, stateful_network
 from tiny_networks import KINDS, Problem, make_problem
 from torch import Tensor, nn
 
 from nnunet_ima.attacks import APGD, Attack, Square, check_network
-from nnunet_ima.attacks.checks import huge
+from nnunet_ima.attacks.checks import FEW, _largest_pile, huge
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.lp import NORMS
 from nnunet_ima.threat import ThreatModel, image_range
@@ -203,6 +205,17 @@ def test_what_has_nothing_to_be_attacked_is_not_flagged():
 
 def with_network(problem: Problem, network: nn.Module) -> Problem:
     return Problem(network, problem.images, problem.targets, problem.criterion)
+
+
+@example([0.0] * 25)
+@given(st.lists(st.sampled_from([0.0, 1.0, 1.0004, 1.0011, 2.0, 2.0019, 2.0021, 5.0]) | st.floats(0, 9), max_size=40))
+def test_the_largest_pile_is_that_of_comparing_each_with_each(values):
+    within = max(values, default=0.0) / 1000
+    # What lies on the edge may fall out either way.
+    piles = [[sum(0 <= b - a <= within + slack for b in values) for a in values] for slack in (-1e-7, 1e-7)]
+    least, most = (max(pile, default=0) for pile in piles)
+    share = _largest_pile(torch.tensor(values))
+    assert share == 0 if len(values) < FEW else max(least, 1) <= round(share * len(values)) <= most
 
 
 class Remembering(nn.Module):

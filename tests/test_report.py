@@ -26,6 +26,7 @@ from nnunet_ima.evaluation.report.charts import axis_around
 from nnunet_ima.evaluation.report.figures import Setting, settings_of
 from nnunet_ima.evaluation.report.pictures import perturbation
 from nnunet_ima.evaluation.report.published import published_for
+from nnunet_ima.evaluation.report.report import _page
 from nnunet_ima.evaluation.report.sentences import headline, price
 from nnunet_ima.evaluation.report.tables import (
     Cell,
@@ -278,6 +279,15 @@ def test_figures_that_failed_a_check_are_not_hidden_but_marked(tmp_path):
     warning = content[content.index('<aside class="warning"') : content.index("</aside>")]
     assert "white noise is stronger" in warning
     assert '<td class="failed">FAILED</td>' in content
+
+
+def test_where_no_check_was_made_none_passed(tmp_path):
+    run = read_results(make_run(tmp_path / "run"))
+    (setting,) = settings_of([replace(run, summary={**run.summary, "trust": []})])
+    page = Text(_page(setting.runs, [setting], "")).text
+    assert "No check was made." in page
+    assert "checks passed" not in page
+    assert "checks passed." in Text(_page([run], settings_of([run]), "")).text
 
 
 def test_published_figures_stand_with_their_protocol():

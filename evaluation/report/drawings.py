@@ -163,8 +163,9 @@ def _margins(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
         chart(f"Margins by epoch: {setting.name}",
               axis_around("epoch", [point.x for point in points]),
               axis_around("margin (training's own unit)", [point.high for point in points]), series),
-        f"How far training samples were perturbed, by epoch: median and the middle 80 %, which end where the training "
-        f"bounds them. Curves that still rise say that the training had not settled. {' '.join(filter(None, ends))}",
+        f"How far training samples were perturbed, by epoch: median and the middle 80 %; none may pass the "
+        f"training's own bound. Curves that still rise say that the training had not settled. "
+        f"{' '.join(filter(None, ends))}",
     )  # fmt: skip
 
 

@@ -88,9 +88,9 @@ def difference_table(setting: Setting) -> Table | None:
         rows.append([Cell(run.title), Cell("mean of the levels"), *_difference_cells(mean), *_difference_cells(None)])
     note = (
         f"Points more (+) or less (-) than {first.title}, on the same samples, each model under the attack that is "
-        f"worst for it: 95 % interval by paired bootstrap over {setting.unit_resampled}, p by a permutation test that "
-        f"swaps what the two models reached on one of them. Not corrected for the number of comparisons; whether a "
-        f"model is called more robust is asked once, of the mean of the levels.{setting.p_note}{setting.choice_note}"
+        f"worst for its TVDI: 95 % interval by paired bootstrap over {setting.unit_resampled}, p by a permutation test "
+        f"that swaps what the two models reached on one of them. Not corrected for the number of comparisons; whether "
+        f"a model is called more robust is asked once, of the mean of the levels.{setting.p_note}{setting.choice_note}"
     )
     head = ["model", "level", "TVDI", "95 % interval", "p", "ADI", "95 % interval (ADI)", "p (ADI)"]
     return Table(f"Against {first.title}: {setting.name}", head, rows, note, names=2)

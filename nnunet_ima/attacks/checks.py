@@ -198,9 +198,10 @@ def _largest_pile(values: Tensor) -> float:
     """The largest share of ``values`` (n,) that lies within a thousandth of the largest one of each other."""
     if len(values) < FEW:
         return 0.0
-    ordered = values.double().sort().values
+    # On the CPU, as MPS knows no double precision.
+    ordered = values.cpu().double().sort().values
     ends = torch.searchsorted(ordered, ordered + float(ordered[-1]) / 1000, right=True)
-    return float((ends - torch.arange(len(ordered), device=ordered.device)).max()) / len(ordered)
+    return float((ends - torch.arange(len(ordered))).max()) / len(ordered)
 
 
 def _finding(name: str, passed: bool, good: str, bad: str) -> Finding:
