@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from nnunet_ima.evaluation.attack_choice import members_of_choice
@@ -79,6 +80,8 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
         "margins_by_epoch": model.margins,
         **_end_to_end(evaluation),
         "device": str(evaluation.device),
+        # When it was begun; no number depends on it.
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "command": command,
         "versions": versions(),
     }

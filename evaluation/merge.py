@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.ensembles import points_for_tvdi
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.identity import digest, read_run, refuse_different, write_identity
-from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, Outcome, lost_most, unperturbed
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, Outcome, SampleScore, lost_most, unperturbed
 from nnunet_ima.evaluation.pictures import draw_dice_against_level, draw_worst
 from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.evaluation.records import RECORDS, Records, part_folders
@@ -126,16 +126,18 @@ def _join(condition: Condition, parts: Sequence[Records]) -> Outcome:
     cases = {name: score for part in parts for name, score in part.cases[condition].items() if name in complete}
     whole = {name: found for part in parts for name, found in part.end_to_end[condition].items() if name in complete}
     samples = [scores[key] for key in sorted(scores)]
-    worst = worst_examples(condition, parts) if condition.level else []
+    worst = examples_of(condition, parts, lost_most) if condition.level else []
     return Outcome(
         condition.attack, condition.level, samples, dict(sorted(cases.items())), dict(sorted(whole.items())), worst
     )
 
 
-def worst_examples(condition: Condition, parts: Sequence[Records]) -> list[Example]:
-    """The samples that lost most Dice in all parts together, as far as they are on the disk."""
+def examples_of(
+    condition: Condition, parts: Sequence[Records], choose: Callable[[Iterable[SampleScore]], list[SampleScore]]
+) -> list[Example]:
+    """The samples chosen among those of all parts together, as far as they are on the disk."""
     scores = {key: score for part in parts for key, score in part.samples[condition].items()}
-    found = ((part.load_example(condition, score.sample) for part in parts) for score in lost_most(scores.values()))
+    found = ((part.load_example(condition, score.sample) for part in parts) for score in choose(scores.values()))
     shown = [next((example for example in examples if example is not None), None) for examples in found]
     return [example for example in shown if example is not None]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,6 +17,7 @@ CLEAN, CLAMP = "clean", "clamp-only"
 # The image of a sample that an attack keeps: that of the lowest Dice.
 KEPT = "kept"
 WORST_KEPT = 4
+LOTS_KEPT = 2
 
 
 class SampleKey(NamedTuple):
@@ -135,3 +138,19 @@ def unperturbed(outcomes: Sequence[Outcome]) -> Outcome:
 def lost_most(scores: Iterable[SampleScore]) -> list[SampleScore]:
     """The few samples that lost most Dice; of equal ones those that come first."""
     return sorted(scores, key=lambda score: (score.dice - score.clean_dice, score.sample))[:WORST_KEPT]
+
+
+def drawn_by_lot(scores: Iterable[SampleScore]) -> list[SampleScore]:
+    """A few samples, as likely as they have voxels to be segmented; of the same samples always the same ones.
+
+    Whatever a model or an attack makes of them: so they can be shown of several models side by side, and nobody chose
+    them. Of parts of the samples, the lots of all are among the lots of the parts (Efraimidis and Spirakis 2006).
+    """
+    return sorted(scores, key=lambda score: (_lot(score), score.sample))[:LOTS_KEPT]
+
+
+def _lot(score: SampleScore) -> float:
+    size = float(score.counts[:, [0, 2]].sum())
+    number = hashlib.sha256(f"{score.sample.case}, tile {score.sample.tile}".encode(errors="backslashreplace")).digest()
+    # Exponentially distributed; the more voxels, the smaller.
+    return -math.log((int.from_bytes(number[:6], "big") + 1) / 2**48) / size if size else math.inf

@@ -22,7 +22,15 @@ from nnunet_ima.evaluation.checked_file import read_checked, write_checked
 from nnunet_ima.evaluation.examples import Example, load_example, save_example
 from nnunet_ima.evaluation.journal import Journal, Record
 from nnunet_ima.evaluation.metrics import CaseScore
-from nnunet_ima.evaluation.outcomes import Condition, EndToEndScore, MemberScore, SampleKey, SampleScore, lost_most
+from nnunet_ima.evaluation.outcomes import (
+    Condition,
+    EndToEndScore,
+    MemberScore,
+    SampleKey,
+    SampleScore,
+    drawn_by_lot,
+    lost_most,
+)
 from nnunet_ima.files import remove_leftovers
 
 RECORDS = "records"
@@ -155,11 +163,12 @@ class Records:
         """Remove what is left of tiles once everything is scored."""
         shutil.rmtree(self.folder / "tiles", ignore_errors=True)
 
-    def keep_worst(self, condition: Condition, examples: Sequence[Example], scores: Sequence[SampleScore]) -> None:
-        """Of these examples, with their scores, and those kept before, keep the ones that lost most."""
+    def keep_examples(self, condition: Condition, examples: Sequence[Example], scores: Sequence[SampleScore]) -> None:
+        """Of these examples, with their scores, and those kept before, keep those that lost most, and some by lot."""
         folder = self.folder / "examples" / str(self._number[condition])
         known = {**self.samples[condition], **{score.sample: score for score in scores}}
-        wanted = {_example_file(score.sample) for score in lost_most(known.values())}
+        chosen = (*lost_most(known.values()), *drawn_by_lot(known.values()))
+        wanted = {_example_file(score.sample) for score in chosen}
         folder.mkdir(parents=True, exist_ok=True)
         for example in examples:
             name = _example_file(SampleKey(example.case, example.tile))

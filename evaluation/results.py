@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import numpy as np
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.identity import digest, read_run, read_sealed
-from nnunet_ima.evaluation.merge import conditions_of, worst_examples
+from nnunet_ima.evaluation.merge import conditions_of, examples_of
 from nnunet_ima.evaluation.metrics import Array, class_scores
-from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN
+from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, SampleScore, drawn_by_lot, lost_most
 from nnunet_ima.evaluation.records import Records, part_folders
 from nnunet_ima.evaluation.summary import SCHEMA
 
@@ -97,14 +97,20 @@ class Results:
         dice = class_scores(counts[..., 0], counts[..., 1], counts[..., 2])
         return {name: _mean(row.tolist()) for name, row in zip(names, dice, strict=True)}
 
-    def examples(self, key: Key) -> list[Example]:
+    def worst(self, key: Key) -> list[Example]:
         """The samples that lost most Dice under a condition."""
+        return self._examples(key, lost_most)
+
+    def drawn(self, key: Key) -> list[Example]:
+        """The same samples for every model: see :func:`~nnunet_ima.evaluation.outcomes.drawn_by_lot`."""
+        return self._examples(key, drawn_by_lot)
+
+    def _examples(self, key: Key, choose: Callable[[Iterable[SampleScore]], list[SampleScore]]) -> list[Example]:
         identity = read_run(self.folder)["identity"]
         conditions = conditions_of(identity)
         wanted = next(c for c in conditions if (c.attack, c.level.text if c.level else "0") == key)
-        return worst_examples(
-            wanted, [Records(folder, conditions, digest(identity)) for folder in part_folders(self.folder)]
-        )
+        parts = [Records(folder, conditions, digest(identity)) for folder in part_folders(self.folder)]
+        return examples_of(wanted, parts, choose)
 
 
 def read_results(folder: Path, title: str | None = None) -> Results:

@@ -253,7 +253,7 @@ class Runner:
                 if self._needs_tile(condition, one.sample):
                     self.records.save_tile(condition, one.score.sample, one.tile)
             if condition.level is not None:
-                self.records.keep_worst(condition, [one.example for one in done], [one.score for one in done])
+                self.records.keep_examples(condition, [one.example for one in done], [one.score for one in done])
             self.records.add_samples(condition, [one.score for one in done])
             bar.update(len(batch))
             self._tell_of_graphs()

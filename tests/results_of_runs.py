@@ -30,7 +30,7 @@ def make_run(
     margins: Mapping[str, list[float]] | None = None, whole_cases: bool = True, trained_on: bool = False,
     further: Mapping[str, Mapping[str, float]] | None = None, patch: tuple[int, ...] = (24, 20),
     clamped: float | None = None, members: Mapping[str, Mapping[str, float]] | None = None,
-    end_to_end: float | None = None,
+    end_to_end: float | None = None, date: str | None = None,
 ) -> Path:  # fmt: skip
     """A run whose samples' Dice scatter around the given ones.
 
@@ -42,6 +42,7 @@ def make_run(
         clamped: under the protocol paper, without attack.
         members: of an ensemble, by name, with the same levels; the ensemble keeps the lowest Dice of each sample.
         end_to_end: what the cases lose more when they are attacked as a whole.
+        date: on which it was begun; None as in runs that do not tell.
         jitter: 0, or the seed of a few voxels that fall out differently.
     """
     attacked = attacked or {"2": 0.8, "8": 0.5}
@@ -60,7 +61,7 @@ def make_run(
         "case level": whole_cases, "cases": names,
         **({} if end_to_end is None else {"end to end": "window"}),
     }  # fmt: skip
-    head = _head(model, Protocol(protocol, norm), classes, margins or {}, trained_on, patch)
+    head = _head(model, Protocol(protocol, norm), classes, margins or {}, trained_on, patch, date)
     if end_to_end is not None:
         head["end_to_end"] = {"mirrored_axes": [0, 1], "mirroring_known_to_the_attack": False}
     folder.mkdir(parents=True)
@@ -81,7 +82,7 @@ def make_run(
                 scores = [_ensemble(score.sample, of_level, clean, len(classes), seed) for score in scores]
             if condition.level is not None:
                 examples = [_example(score, len(classes)) for score in scores]
-                records.keep_worst(condition, examples, scores)
+                records.keep_examples(condition, examples, scores)
             records.add_samples(condition, scores)
             for name in names if whole_cases else ():
                 dice = tuple(float(np.clip(wanted + 0.01 * number, 0, 1)) for number in range(len(classes)))
@@ -144,7 +145,7 @@ def _example(score: SampleScore, classes: int) -> Example:
 
 def _head(
     model: dict[str, Any], protocol: Protocol, classes: tuple[str, ...], margins: Mapping[str, list[float]],
-    trained_on: bool, patch: tuple[int, ...],
+    trained_on: bool, patch: tuple[int, ...], date: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     return {
         "model": model,
@@ -157,5 +158,5 @@ def _head(
         "patch_size": list(patch),
         "seed": 0, "max_samples": None, "trained_on_these_cases": trained_on, "started_from_unknown_weights": False,
         "margins_by_epoch": dict(margins), "device": "cpu", "command": "nnunet_ima evaluate ...",
-        "versions": {"nnunet_ima": "0.1.0"},
+        "versions": {"nnunet_ima": "0.1.0"}, **({} if date is None else {"date": date}),
     }  # fmt: skip

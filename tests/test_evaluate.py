@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,6 +144,7 @@ def test_the_summary_has_every_field(report):
     assert {"name", "norm", "range", "unit"} <= summary["protocol"].keys()
     assert "clamp_only" not in summary
     assert {"nnunet_ima", "nnunetv2", "torch", "python"} <= summary["versions"].keys()
+    assert abs(date.fromisoformat(summary["date"]) - date.today()) <= timedelta(days=1)
     figures = {"tvdi", "adi", "case_dice", "robust_share", "n_samples", "n_cases"}
     assert figures <= summary["clean"].keys()
     assert [(result["attack"], result["level"], result["epsilon"]) for result in summary["results"]] == [

@@ -21,6 +21,7 @@ from results_of_runs import ATTACK, ENSEMBLE, NOISE, make_run
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.examples import Example
+from nnunet_ima.evaluation.outcomes import LOTS_KEPT, SampleKey, SampleScore, drawn_by_lot
 from nnunet_ima.evaluation.report import write_report
 from nnunet_ima.evaluation.report.charts import axis_around
 from nnunet_ima.evaluation.report.figures import Setting, settings_of
@@ -99,6 +100,57 @@ class Text(HTMLParser):
 
 
 # ---- what it says
+
+
+def figures_of(page: Path, kind: str) -> list[list[tuple[str, str]]]:
+    """Of each row of pictures of a kind: the model and the sample that each caption names."""
+    rows = re.findall(
+        rf'<div class="{kind}">(.*?)</div>\n(?=<div|<h3|</section)', page.read_text(encoding="utf-8"), re.S
+    )
+    return [re.findall(r"<figcaption><b>(.*?)</b>, (.*?): Dice", row) for row in rows]
+
+
+def test_every_model_is_shown_on_the_same_samples(page, runs):
+    rows = figures_of(page, "same")
+    assert len(rows) == LOTS_KEPT * 2  # norms
+    for row in rows:
+        assert [model for model, _ in row] == ["stock", "IMA"]
+        assert len({sample for _, sample in row}) == 1
+    # Not those that one of them lost most on.
+    drawn = [f"{case}, tile {tile}" for case, tile in (score.sample for score in drawn_by_lot(scores_of(runs[0])))]
+    assert [row[0][1] for row in rows] == drawn * 2
+
+
+def scores_of(run: Path) -> list[SampleScore]:
+    table = read_results(run).samples[UNTOUCHED]
+    rows = zip(table.cases.tolist(), table.tiles.tolist(), table.counts, strict=True)
+    return [SampleScore(SampleKey(case, tile), counts, 1, 1, 0, 0, 1) for case, tile, counts in rows]
+
+
+def test_samples_that_a_model_was_not_attacked_on_are_not_shown_side_by_side(tmp_path):
+    """The first draws its lots from eight cases, of which the second has two."""
+    one, other = make_run(tmp_path / "a", title="A"), make_run(tmp_path / "b", title="B", cases=2, seed=1)
+    wanted = {score.sample for score in drawn_by_lot(scores_of(one))} & {
+        score.sample for score in drawn_by_lot(scores_of(other))
+    }
+    rows = figures_of(write_report([one, other], tmp_path / "out"), "same")
+    assert {row[0][1] for row in rows} == {f"{case}, tile {tile}" for case, tile in wanted}
+    assert len(wanted) < LOTS_KEPT
+
+
+@pytest.mark.parametrize(
+    ("dates", "said"),
+    [
+        (("2026-11-25", "2026-11-25"), "Evaluated on 2026-11-25."),
+        (("2026-11-27", "2026-11-25"), "Evaluated on 2026-11-25 to 2026-11-27."),
+        ((None, "2026-11-25"), "Evaluated on 2026-11-25."),
+        ((None, None), None),
+    ],
+)
+def test_the_page_says_when(tmp_path, dates, said):
+    made = [make_run(tmp_path / str(n), title=f"M{n}", seed=n, date=date) for n, date in enumerate(dates)]
+    text = Text(write_report(made, tmp_path / "out").read_text(encoding="utf-8")).text
+    assert (said in text) if said else ("Evaluated on" not in text)
 
 
 def test_a_reader_learns_who_is_more_robust_to_what_how_surely_and_at_which_price(page):

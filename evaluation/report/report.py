@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nnunet_ima import __version__
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.report import sentences
 from nnunet_ima.evaluation.report.attacks_run import attacks_of
 from nnunet_ima.evaluation.report.drawings import drawings_of
@@ -30,7 +31,7 @@ from nnunet_ima.evaluation.report.tables import (
     published_table,
     robustness_table,
 )
-from nnunet_ima.evaluation.results import UNTOUCHED, Results, read_results
+from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results, read_results
 from nnunet_ima.files import write_text
 
 WORST_SHOWN = 2
@@ -134,6 +135,7 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
             ],
             "drawings": drawings_of(setting, colours),
             "tables": _tables(setting),
+            "drawn": _drawn(setting),
             "worst": _worst(setting),
         }
         for setting in settings
@@ -152,8 +154,15 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
                  for setting in settings for run in setting.runs],
         threshold=100 * float(runs[0].summary["criterion"]["dice_threshold"]),
         note=note,
+        dates=_first_and_last(run.summary["date"] for run in runs if "date" in run.summary),
         version=__version__,
     )  # fmt: skip
+
+
+def _first_and_last(dates: Iterable[str]) -> list[str]:
+    """Of ISO dates; one if they are the same, none if there is none: older runs do not tell theirs."""
+    found = sorted(set(dates))
+    return [*found[:1], *found[1:][-1:]]
 
 
 def _checks(setting: Setting, run: Results) -> dict[str, Any]:
@@ -168,24 +177,47 @@ def _checks(setting: Setting, run: Results) -> dict[str, Any]:
 
 
 def _settings(summary: dict[str, Any]) -> dict[str, Any]:
-    names = ("model", "protocol", "criterion", "classes", "seed", "max_samples", "samples_seed", "device", "versions")
-    # Older runs have no seed of their own for the choice of samples.
+    names = (
+        "model", "protocol", "criterion", "classes", "seed", "max_samples", "samples_seed", "device", "date",
+        "versions",
+    )  # fmt: skip
+    # Older runs have no date, and no seed of their own for the choice of samples.
     return {name: summary[name] for name in names if name in summary}
+
+
+def _drawn(setting: Setting) -> list[list[dict[str, Any]]]:
+    """Samples that all models were attacked on, nobody's choice: of each, what became of it in each model."""
+    level = setting.telling_level
+    if level is None:
+        return []
+    keys = [setting.worst(run, level) for run in setting.runs]
+    found = [{(one.case, one.tile): one for one in run.drawn(key)} for run, key in zip(setting.runs, keys, strict=True)]
+    return [
+        [
+            _shown(setting, run, key, level, examples[sample])
+            for run, key, examples in zip(setting.runs, keys, found, strict=True)
+        ]
+        for sample in found[0]
+        if all(sample in examples for examples in found)
+    ]
 
 
 def _worst(setting: Setting) -> list[dict[str, Any]]:
     level = setting.telling_level
     if level is None:
         return []
-    found = []
-    for run in setting.runs:
-        key = setting.worst(run, level)
-        for example in run.examples(key)[:WORST_SHOWN]:
-            before, after = both_sides(example)
-            added, most = perturbation(example)
-            found.append({
-                "model": run.title, "title": example.title, "condition": f"{key[0]} at {setting.norm_name} {level}",
-                "before": before, "after": after, "added": added, "most": most,
-                "dice_before": 100 * example.dice_before, "dice_after": 100 * example.dice_after,
-            })  # fmt: skip
-    return found
+    return [
+        _shown(setting, run, setting.worst(run, level), level, example)
+        for run in setting.runs
+        for example in run.worst(setting.worst(run, level))[:WORST_SHOWN]
+    ]
+
+
+def _shown(setting: Setting, run: Results, key: Key, level: str, example: Example) -> dict[str, Any]:
+    before, after = both_sides(example)
+    added, most = perturbation(example)
+    return {
+        "model": run.title, "title": example.title, "condition": f"{key[0]} at {setting.norm_name} {level}",
+        "before": before, "after": after, "added": added, "most": most,
+        "dice_before": 100 * example.dice_before, "dice_after": 100 * example.dice_after,
+    }  # fmt: skip
