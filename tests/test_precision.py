@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from nnunet_ima.attack_strength import LEAST_STRENGTH, attack_strength
 from nnunet_ima.attacks.oracle import Oracle
 from nnunet_ima.gradient_error import gradient_error
 from nnunet_ima.losses import first
-from nnunet_ima.precision import training_autocast
+from nnunet_ima.precision import faster_autocast, training_autocast
 from nnunet_ima.settings import KEY
 from nnunet_ima.threat import ThreatModel
 from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
@@ -45,8 +46,8 @@ def mixed_precision(request, monkeypatch) -> Iterator[tuple[str, torch.dtype]]:
     torch.set_autocast_dtype("cuda", dtype)
     if device == "cpu":
         mixed = partial(torch.autocast, "cpu", dtype=dtype)
-        for name in ("Adversarial", "TRADES"):
-            monkeypatch.setattr(f"nnunet_ima.trainers.nnUNetTrainer{name}.training_autocast", lambda _: mixed)
+        for name in ("Adversarial.training", "Adversarial.faster", "TRADES.training"):
+            monkeypatch.setattr(f"nnunet_ima.trainers.nnUNetTrainer{name}_autocast", lambda _: mixed)
     yield device, dtype
     torch.set_autocast_dtype("cuda", before)
 
@@ -182,15 +183,73 @@ def test_the_gradient_error_is_that_of_the_worst_sample(samples, noise, seed, lo
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_attacks_are_in_single_precision_where_training_is(project, results, start, device):
+def test_attacks_are_in_single_precision_where_none_is_faster(project, results, start, device, monkeypatch):
     """And as long as nothing was measured."""
+    monkeypatch.setattr("nnunet_ima.precision._has_amx", lambda: False)
     trainer = started(project, nnUNetTrainerSAT, "2d_tiny", start, device=device)
     assert trainer.attack_autocast is nullcontext
     with quiet():
         trainer.on_train_epoch_start()
     assert (training_autocast(trainer.device) is nullcontext) == (device == "cpu")
+    assert (faster_autocast(trainer.device) is nullcontext) == (device == "cpu")
     if device == "cpu":
         assert trainer.attack_autocast is nullcontext
+
+
+@pytest.fixture
+def amx(monkeypatch) -> None:
+    """A CPU with units for bfloat16 matrices; others can do the same, slowly."""
+    monkeypatch.setattr("nnunet_ima.precision._has_amx", lambda: True)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_cpu_with_matrix_units_attacks_in_bfloat16_and_trains_in_single_precision(
+    project, results, configuration, start, kind, amx
+):
+    """Where bfloat16 finds what single precision finds."""
+    trainer = started(project, kind, configuration, start, te_start=0.0, dice_threshold=0.0)
+    with quiet():
+        trainer.on_train_epoch_start()
+    (log,) = Path(trainer.output_folder).glob("training_log_*.txt")
+    measured = re.search(r"\(bfloat16\) finds ([\d.]+)%.*attacks run in (\w+) precision", log.read_text())
+    assert measured is not None
+    assert (measured[2] == "mixed") == (float(measured[1]) >= 100 * LEAST_STRENGTH)
+    # Whatever was measured of this tiny network.
+    trainer.attack_autocast = faster_autocast(trainer.device)
+    seen: list[tuple[bool, torch.dtype]] = []
+    hook = trainer.bare_network.register_forward_hook(
+        lambda network, _, outputs: seen.append((network.training, first(outputs).dtype))
+    )
+    with quiet():
+        loss = trainer.train_step(foreground_batch(trainer))["loss"]
+    hook.remove()
+    assert np.isfinite(loss)
+    assert {dtype for training, dtype in seen if training} == {torch.float32}
+    attacked = {dtype for training, dtype in seen if not training}
+    # The first step of TRADES is in single precision everywhere.
+    assert attacked == {torch.bfloat16, *([torch.float32] if kind is nnUNetTrainerTRADES else [])}
+    assert {weight.dtype for weight in trainer.network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mixed_in", ["float16", "bfloat16"])
+def test_a_measurement_of_another_type_is_made_again(project, results, start, amx, monkeypatch, mixed_in):
+    """From a GPU to a CPU: what was found of fp16 says nothing of bfloat16."""
+    left = [1.0, 0.5]
+    strengths(monkeypatch, left)
+    trainer = started(project, nnUNetTrainerSAT, "2d_tiny", start, robust_every=2, robust_patches=2)
+    with quiet():
+        trainer.on_train_epoch_start()
+        trainer.save_checkpoint(str(results / "here.pth"))
+    checkpoint = torch.load(results / "here.pth", weights_only=False)
+    assert checkpoint["init_args"][KEY]["attacks_mixed_in"] == "bfloat16"
+    checkpoint["init_args"][KEY]["attacks_mixed_in"] = mixed_in
+    torch.save(checkpoint, results / "there.pth")
+    again = continued(project, results / "there.pth", robust_every=2, robust_patches=2)
+    with quiet():
+        again.on_train_epoch_start()
+    measured = mixed_in == "float16"
+    assert len(left) == (0 if measured else 1)
+    assert (again.attack_autocast is nullcontext) == measured
 
 
 ON_THE_CPU = [pytest.param(("cpu", torch.float16), id="cpu-fp16")]
@@ -268,7 +327,8 @@ def test_where_trainings_are_in_single_precision_a_continued_one_attacks_in_it_t
     with quiet():
         trainer.on_train_epoch_start()
         trainer.save_checkpoint(str(results / "from_a_gpu.pth"))
-    monkeypatch.setattr("nnunet_ima.trainers.nnUNetTrainerAdversarial.training_autocast", lambda _: nullcontext)
+    for name in ("training", "faster"):
+        monkeypatch.setattr(f"nnunet_ima.trainers.nnUNetTrainerAdversarial.{name}_autocast", lambda _: nullcontext)
     again = continued(project, results / "from_a_gpu.pth", robust_patches=2)
     with quiet():
         again.on_train_epoch_start()

@@ -80,7 +80,7 @@ def measure(rank: int, folder: str, project: Any, error: Exception) -> None:
         return 1.0
 
     torch.set_num_threads(1)
-    trainers.nnUNetTrainerAdversarial.training_autocast = lambda _: partial(torch.autocast, "cpu", dtype=torch.float16)
+    trainers.nnUNetTrainerAdversarial.faster_autocast = lambda _: partial(torch.autocast, "cpu", dtype=torch.float16)
     trainers.nnUNetTrainerAdversarial.attack_strength = strength
     with project.in_force(), nnunet_project.quiet():
         os.environ["nnUNet_results"] = str(Path(folder) / f"rank_{rank}")

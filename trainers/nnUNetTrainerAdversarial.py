@@ -38,7 +38,7 @@ from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, SegmentationLoss, first
 from nnunet_ima.lp import random_in_ball
 from nnunet_ima.margins import SampleId
-from nnunet_ima.precision import Autocast, training_autocast, use_exact_convolutions
+from nnunet_ima.precision import Autocast, faster_autocast, precision_of, training_autocast, use_exact_convolutions
 from nnunet_ima.robust_dice import RobustDice
 from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Origin, Plan, Settings, configure, validate
 from nnunet_ima.threads import use_threads_as_told
@@ -133,7 +133,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self._robust_dice: RobustDice | None = None
         self._by_cpu: Any = None
         self.attack_autocast: Autocast = nullcontext
-        # Whether attacks are in mixed precision; None before it was measured, and where trainings are in single.
+        # Whether attacks are in mixed precision; None before it was measured, and where none is faster.
         self._attacks_mixed: bool | None = None
         self._graphs: CudaGraphs | None = None
         self._refusal_told = False
@@ -232,7 +232,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self._learned_before = frozenset(self._saved.get("training_cases", ()))
             self.best_robust = self._saved.get("best_robust")
             self.load_method_state(self._saved["state"])
-            self._take_up_precision(self._saved.get("attacks_mixed"))
+            self._take_up_precision(self._saved.get("attacks_mixed"), self._saved.get("attacks_mixed_in", "float16"))
             self._unknown_start = bool(self._saved.get("started_from_unknown"))
         known = self._learned_before & self._cases_of(self.dataloader_val)
         if known and self.fold != "all":
@@ -300,7 +300,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     def _fix_patches(self) -> None:
         settings = self.settings
         self._patches: tuple[Tensor, Outputs] | None = None
-        wanted = settings.robust_every or training_autocast(self.device) is not nullcontext
+        wanted = settings.robust_every or faster_autocast(self.device) is not nullcontext
         # Without perturbation there is nothing to measure.
         if "robust_every" not in self.configured.origins or not settings.epsilon or not wanted:
             return
@@ -334,11 +334,11 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self._choose_precision()
 
     def _choose_precision(self) -> None:
-        """Attack in the training's own precision while that finds what single precision finds.
+        """Attack in the precision that is faster while that finds what single precision finds.
 
         Measured with the inner attack's own steps on fixed validation patches, as often as the robust Dice is.
         """
-        mixed = training_autocast(self.device)
+        mixed = faster_autocast(self.device)
         self._epochs_here += 1
         every = self.settings.robust_every or Settings.robust_every
         if mixed is nullcontext or (self._attacks_mixed is not None and self.current_epoch % every):
@@ -353,9 +353,9 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             if self._attacks_mixed:
                 self.attack_autocast = mixed
             self.print_to_log_file(
-                f"PGD in mixed precision finds {strength:.2%} of what it finds in single precision (gradients are "
-                f"off by {error.relative:.2%} at most, {error.zeros:.2%} of voxels lost); attacks run in "
-                f"{'mixed' if self._attacks_mixed else 'single'} precision."
+                f"PGD in mixed precision ({precision_of(mixed, self.device)}) finds {strength:.2%} of what it finds in "
+                f"single precision (gradients are off by {error.relative:.2%} at most, {error.zeros:.2%} of voxels "
+                f"lost); attacks run in {'mixed' if self._attacks_mixed else 'single'} precision."
             )
         if (before is nullcontext) == (self.attack_autocast is nullcontext):
             self.attack_autocast = before
@@ -363,13 +363,14 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self._graphs = None
         self._keep_graphs()
 
-    def _take_up_precision(self, attacks_mixed: bool | None) -> None:
+    def _take_up_precision(self, attacks_mixed: bool | None, mixed_in: str) -> None:
         """Go on in the precision that a checkpoint's training attacked in, until the next measurement is due.
 
-        A new measurement may come out otherwise. None, of an older checkpoint or a training on a CPU: measure at once.
+        A new measurement may come out otherwise. None, of an older checkpoint or one from where only single precision
+        was of use, or a measurement of another type than the one that is faster here: measure at once.
         """
-        mixed = training_autocast(self.device)
-        if mixed is nullcontext or attacks_mixed is None:
+        mixed = faster_autocast(self.device)
+        if mixed is nullcontext or attacks_mixed is None or mixed_in != precision_of(mixed, self.device):
             return
         self._attacks_mixed = bool(attacks_mixed)
         self.attack_autocast = mixed if attacks_mixed else nullcontext
@@ -620,7 +621,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        now = {"attacks_mixed": self._attacks_mixed, "state": self.method_state()}
+        mixed_in = precision_of(faster_autocast(self.device), self.device)
+        now = {"attacks_mixed": self._attacks_mixed, "attacks_mixed_in": mixed_in, "state": self.method_state()}
         self.my_init_kwargs[KEY] = {**self.described(), **now}
         try:
             self._write(Path(filename), super().save_checkpoint)
