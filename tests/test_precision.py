@@ -6,7 +6,7 @@ On CUDA nnU-Net trains under fp16 autocast with a GradScaler; the CPU knows the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -236,20 +236,31 @@ def test_a_measurement_of_another_type_is_made_again(project, results, start, am
     """From a GPU to a CPU: what was found of fp16 says nothing of bfloat16."""
     left = [1.0, 0.5]
     strengths(monkeypatch, left)
-    trainer = started(project, nnUNetTrainerSAT, "2d_tiny", start, robust_every=2, robust_patches=2)
-    with quiet():
-        trainer.on_train_epoch_start()
-        trainer.save_checkpoint(str(results / "here.pth"))
-    checkpoint = torch.load(results / "here.pth", weights_only=False)
-    assert checkpoint["init_args"][KEY]["attacks_mixed_in"] == "bfloat16"
-    checkpoint["init_args"][KEY]["attacks_mixed_in"] = mixed_in
-    torch.save(checkpoint, results / "there.pth")
-    again = continued(project, results / "there.pth", robust_every=2, robust_patches=2)
+
+    def other_type(ours: dict[str, Any]) -> None:
+        assert ours["attacks_mixed_in"] == "bfloat16"
+        ours["attacks_mixed_in"] = mixed_in
+
+    again = measured_saved_and_continued(project, results, start, other_type)
     with quiet():
         again.on_train_epoch_start()
     measured = mixed_in == "float16"
     assert len(left) == (0 if measured else 1)
     assert (again.attack_autocast is nullcontext) == measured
+
+
+def measured_saved_and_continued(
+    project: Any, results: Path, start: Any, change: Callable[[dict[str, Any]], object]
+) -> Any:
+    """A SAT trainer that goes on from what another one noted after a measurement, once ``change`` was made to it."""
+    trainer = started(project, nnUNetTrainerSAT, "2d_tiny", start, robust_every=2, robust_patches=2)
+    with quiet():
+        trainer.on_train_epoch_start()
+        trainer.save_checkpoint(str(results / "here.pth"))
+    checkpoint = torch.load(results / "here.pth", weights_only=False)
+    change(checkpoint["init_args"][KEY])
+    torch.save(checkpoint, results / "there.pth")
+    return continued(project, results / "there.pth", robust_every=2, robust_patches=2)
 
 
 ON_THE_CPU = [pytest.param(("cpu", torch.float16), id="cpu-fp16")]
@@ -302,14 +313,7 @@ def test_a_checkpoint_that_says_nothing_of_the_precision_is_continued_with_a_mea
     """An older one."""
     left = [1.0, 1.0]
     strengths(monkeypatch, left)
-    trainer = started(project, nnUNetTrainerSAT, "2d_tiny", start, robust_every=2, robust_patches=2)
-    with quiet():
-        trainer.on_train_epoch_start()
-        trainer.save_checkpoint(str(results / "older.pth"))
-    checkpoint = torch.load(results / "older.pth", weights_only=False)
-    del checkpoint["init_args"][KEY]["attacks_mixed"]
-    torch.save(checkpoint, results / "older.pth")
-    again = continued(project, results / "older.pth", robust_every=2, robust_patches=2)
+    again = measured_saved_and_continued(project, results, start, lambda ours: ours.pop("attacks_mixed"))
     assert again.attack_autocast is nullcontext
     with quiet():
         again.on_train_epoch_start()
