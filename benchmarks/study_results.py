@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ import torch
 from study_state import ROUNDED_MARK
 
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
+from nnunet_ima.evaluation.report.published import Published, published_rows
+from nnunet_ima.settings import KEY
 
 QUANTILES = ("margin_10", "margin_50", "margin_90", "margin_mean", "visits_mean", "passes_per_sample")
+NORMS = {"l2": "L2", "linf": "Linf"}
 
 
 def collect(
@@ -48,8 +51,16 @@ def _training(checkpoint: Path) -> dict[str, Any] | None:
         "seconds": round(seconds, 1),
         "weights": stored.get(ROUNDED_MARK, "single precision"),
         "epochs": len(log["epoch_end_timestamps"]),
+        **_attacks_in(stored["init_args"].get(KEY, {})),
         **{name: [round(float(value), 3) for value in log[name]] for name in QUANTILES if log.get(name)},
     }
+
+
+def _attacks_in(ours: Mapping[str, Any]) -> dict[str, str]:
+    """The precision of the last epoch's attacks."""
+    if "attacks_mixed" not in ours:
+        return {}
+    return {"attacks_in": str(ours["attacks_mixed_in"]) if ours["attacks_mixed"] else "float32"}
 
 
 def _evaluation(run: Path) -> dict[str, Any] | None:
@@ -67,35 +78,88 @@ def _evaluation(run: Path) -> dict[str, Any] | None:
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """TVDI in %, a table an evaluation; mean and standard deviation over repetitions."""
+def table(result: Mapping[str, Any]) -> str:
+    """TVDI in %, a table an evaluation and attack, beside what was published; then what the trainings took.
+
+    A cell is the mean over repetitions, with their standard deviation if there are several. The last column is the mean
+    of clean and all levels, as Table 3's Avg; the mean and deviation are of the repetitions' own means.
+    """
+    rows: Sequence[Mapping[str, Any]] = result["rows"]
     lines: list[str] = []
-    names = list(dict.fromkeys(name for row in rows for name in row["evaluations"]))
-    for name in names:
+    for name in dict.fromkeys(name for row in rows for name in row["evaluations"]):
         done = [row for row in rows if row["evaluations"][name] is not None]
-        if not done:
-            continue
-        first = done[0]["evaluations"][name]
-        columns = [(result["attack"], result["level"]) for result in first["results"]]
-        clamp = first["clamp_only"] is not None
-        lines += [f"\n`{name}`, {first['samples']} validation slices, TVDI in %:\n"]
-        heads = ["method", "clean", *(["clamp only"] if clamp else []), *(f"{a} {level}" for a, level in columns)]
-        lines += ["| " + " | ".join(heads) + " |", "| --- |" + " --- |" * (len(heads) - 1)]
+        if done:
+            lines += _evaluation_lines(name, done, str(result["dataset"]))
+    trained = [row for row in rows if row["training"]]
+    lines += _training_lines(trained) if trained else []
+    return "\n".join(lines).strip() + "\n"
+
+
+def _evaluation_lines(name: str, done: Sequence[Mapping[str, Any]], dataset: str) -> Iterator[str]:
+    protocol, norm = name.split("_")
+    first = done[0]["evaluations"][name]
+    clamped = first["clamp_only"] is not None
+    for attack in dict.fromkeys(result["attack"] for result in first["results"]):
+        levels = [result["level"] for result in first["results"] if result["attack"] == attack]
+        yield f"\n`{attack}`, protocol `{protocol}`, {NORMS[norm]}, {first['samples']} validation slices, TVDI in %:\n"
+        yield from _head("method", "clean", *(["clamp only"] if clamped else []), *levels, "mean")
         for method in dict.fromkeys(row["method"] for row in done):
             mine = [row["evaluations"][name] for row in done if row["method"] == method]
-            cells = [_cell([one["clean"]["tvdi"] for one in mine])]
-            if clamp:
-                cells.append(_cell([one["clamp_only"]["tvdi"] for one in mine]))
-            for place in range(len(columns)):
-                cells.append(_cell([one["results"][place]["tvdi"] for one in mine]))
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    seconds = [(row["method"], row["training"]["seconds"]) for row in rows if row["training"]]
-    if seconds:
-        lines += [
-            "\nSeconds in epochs of the training, beside whatever ran at once: "
-            + ", ".join(f"{m} {s:.0f}" for m, s in seconds)
-        ]
-    return "\n".join(lines).strip() + "\n"
+            found = [_figures(one, attack, levels) for one in mine]
+            cells = [_cell([figures[place] for figures in found]) for place in range(1 + len(levels))]
+            if clamped:
+                cells.insert(1, _cell([one["clamp_only"]["tvdi"] for one in mine]))
+            doubt = "" if all(one["trusted"] for one in mine) else ", not to be trusted"
+            yield _line(f"{method}{doubt}", *cells, _cell([statistics.fmean(figures) for figures in found]))
+        for row in _published(dataset, protocol, norm, attack):
+            quoted = [row.clean, *(row.levels.get(level) for level in levels)]
+            if any(value is not None for value in quoted[1:]):
+                known = [value for value in quoted if value is not None]
+                mean = f"{statistics.fmean(known):.1f}" if len(known) == len(quoted) else "–"
+                cells = ["–" if value is None else f"{value:.1f}" for value in quoted]
+                if clamped:
+                    cells.insert(1, "")
+                yield _line(f"*{row.method}, {row.source}*", *cells, mean)
+
+
+def _figures(evaluation: Mapping[str, Any], attack: str, levels: Sequence[str]) -> list[float]:
+    """TVDI of a model: clean, then at each level."""
+    found = {(result["attack"], result["level"]): float(result["tvdi"]) for result in evaluation["results"]}
+    return [float(evaluation["clean"]["tvdi"]), *(found[attack, level] for level in levels)]
+
+
+def _published(dataset: str, protocol: str, norm: str, attack: str) -> Sequence[Published]:
+    """The paper's rows that one may look at beside these."""
+    noise = attack.startswith("white-noise")
+    if protocol == "paper":
+        return published_rows(dataset, "WhiteNoise" if noise else "AutoAttack", norm)
+    return [] if noise else published_rows(dataset, "PGD", norm)
+
+
+def _training_lines(trained: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    stock = [row["training"]["seconds"] for row in trained if row["method"] == "STD"]
+    unit = statistics.fmean(stock) if stock else None
+    yield "\nTrainings, in epochs; seconds beside whatever ran at once, a ratio to the mean stock training:\n"
+    yield from _head(
+        "method", "epochs", "seconds", "ratio", "attacks in", "passes a sample, last epoch", "margins, 10 / 50 / 90 %"
+    )
+    for row in trained:
+        one = row["training"]
+        ratio = "" if unit is None else f"{one['seconds'] / unit:.1f}"
+        passes = f"{one['passes_per_sample'][-1]:.1f}" if "passes_per_sample" in one else "1"
+        margins = " / ".join(f"{one[key][-1]:.1f}" for key in QUANTILES[:3]) if "margin_10" in one else ""
+        number = f" {row['repetition'] + 1}" if any(other["repetition"] for other in trained) else ""
+        seconds, attacks = f"{one['seconds']:.0f}", one.get("attacks_in", "")
+        yield _line(f"{row['method']}{number}", str(one["epochs"]), seconds, ratio, attacks, passes, margins)
+
+
+def _head(*names: str) -> Iterator[str]:
+    yield _line(*names)
+    yield _line(*["---"] * len(names))
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _cell(values: Sequence[float]) -> str:

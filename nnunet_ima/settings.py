@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nnunet_ima.attacks.bpgd import BOUNDARY_SEARCHES, BoundarySearch
 from nnunet_ima.dice import REDUCTIONS, Reduction
@@ -17,6 +17,9 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.lp import NORMS, Norm
 
 KEY = "nnunet_ima"
+
+AttackPrecision = Literal["auto", "single"]
+ATTACK_PRECISIONS: tuple[AttackPrecision, ...] = get_args(AttackPrecision)
 
 Origin = Literal["user", "trainer", "paper", "self-configured", "default"]
 """Where a value comes from; ``trainer``: from the name of the trainer, such as ``nnUNetTrainerIMA_50epochs``."""
@@ -45,6 +48,7 @@ class Settings:
         robust_every: epochs between measurements of the robust Dice (PGD-10 on fixed validation patches); 0 for none.
         robust_patches: how many patches that is measured on.
         robust_epsilon: at which noise level; ε/3 if nothing is said, None without perturbation.
+        attack_precision: ``auto``, mixed where that is faster and finds as much, or ``single``.
         snapshots: how many times IMA keeps the weights, at equal steps of the largest margin up to ε; 0 for never.
         num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: length of the training; None for nnU-Net's.
         initial_lr: None for nnU-Net's.
@@ -71,6 +75,7 @@ class Settings:
     robust_every: int = 5
     robust_patches: int = 16
     robust_epsilon: float | None = None
+    attack_precision: AttackPrecision = "auto"
     snapshots: int = 8
     num_epochs: int | None = None
     num_iterations_per_epoch: int | None = None
@@ -148,6 +153,7 @@ _ALLOWED: dict[str, _Number | _Choice | _File] = {
     "robust_every": _Number(0, math.inf, whole=True),
     "robust_patches": _Number(1, 10_000, whole=True),
     "robust_epsilon": _Number(0, math.inf, low_is_allowed=False),
+    "attack_precision": _Choice(ATTACK_PRECISIONS),
     "snapshots": _Number(0, 1000, whole=True),
     "num_epochs": _Number(1, math.inf, whole=True),
     "num_iterations_per_epoch": _Number(1, math.inf, whole=True),
@@ -160,7 +166,7 @@ _ALLOWED: dict[str, _Number | _Choice | _File] = {
 # What every training reads, what every perturbation does, and the rest of IMA's.
 LENGTHS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr")
 SHARED = (*LENGTHS, "save_every", "start_from")
-ROBUST = ("robust_every", "robust_patches", "robust_epsilon")
+ROBUST = ("robust_every", "robust_patches", "robust_epsilon", "attack_precision")
 PERTURBATION = ("norm", "epsilon", "steps", "step_factor", "dice_threshold", "dice_reduction", *ROBUST)
 
 # Section 3.5 of the final paper: L2, 2D slices.

@@ -249,6 +249,21 @@ def test_a_measurement_of_another_type_is_made_again(project, results, start, am
     assert (again.attack_autocast is nullcontext) == measured
 
 
+def test_who_wants_single_precision_gets_it(project, results, start, amx, monkeypatch):
+    """Also a training that goes on from one that attacked in another."""
+    left = [1.0]
+    strengths(monkeypatch, left)
+    measured_saved_and_continued(project, results, start, lambda _: None)
+    assert left == []
+    again = continued(project, results / "there.pth", attack_precision="single", robust_every=2, robust_patches=2)
+    with quiet():
+        again.on_train_epoch_start()
+        again.save_checkpoint(str(results / "single.pth"))
+    assert again.attack_autocast is nullcontext
+    noted = torch.load(results / "single.pth", weights_only=False)["init_args"][KEY]
+    assert noted["attacks_mixed"] is None
+
+
 def measured_saved_and_continued(
     project: Any, results: Path, start: Any, change: Callable[[dict[str, Any]], object]
 ) -> Any:

@@ -48,6 +48,7 @@ def paper_plan(dataset: str, patch_size: tuple[int, ...] = (56, 40)) -> Plan:
     ("name", "value", "allowed"),
     [
         ("norm", "l1", 'one of "l2", "linf"'),
+        ("attack_precision", "half", 'one of "auto", "single"'),
         ("norm", 2, 'one of "l2", "linf"'),
         ("norm", ["l2"], 'one of "l2", "linf"'),
         ("epsilon", -1, "a number at least 0"),

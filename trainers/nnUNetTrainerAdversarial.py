@@ -300,7 +300,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     def _fix_patches(self) -> None:
         settings = self.settings
         self._patches: tuple[Tensor, Outputs] | None = None
-        wanted = settings.robust_every or faster_autocast(self.device) is not nullcontext
+        wanted = settings.robust_every or self._faster_autocast() is not nullcontext
         # Without perturbation there is nothing to measure.
         if "robust_every" not in self.configured.origins or not settings.epsilon or not wanted:
             return
@@ -333,12 +333,16 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         with _exit_with_sentence():
             self._choose_precision()
 
+    def _faster_autocast(self) -> Autocast:
+        """The precision that attacks may be in, if it finds as much: single if nothing else is faster, or wanted."""
+        return nullcontext if self.settings.attack_precision == "single" else faster_autocast(self.device)
+
     def _choose_precision(self) -> None:
         """Attack in the precision that is faster while that finds what single precision finds.
 
         Measured with the inner attack's own steps on fixed validation patches, as often as the robust Dice is.
         """
-        mixed = faster_autocast(self.device)
+        mixed = self._faster_autocast()
         self._epochs_here += 1
         every = self.settings.robust_every or Settings.robust_every
         if mixed is nullcontext or (self._attacks_mixed is not None and self.current_epoch % every):
@@ -369,7 +373,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         A new measurement may come out otherwise. None, of an older checkpoint or one from where only single precision
         was of use, or a measurement of another type than the one that is faster here: measure at once.
         """
-        mixed = faster_autocast(self.device)
+        mixed = self._faster_autocast()
         if mixed is nullcontext or attacks_mixed is None or mixed_in != precision_of(mixed, self.device):
             return
         self._attacks_mixed = bool(attacks_mixed)
@@ -621,9 +625,10 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        mixed_in = precision_of(faster_autocast(self.device), self.device)
-        now = {"attacks_mixed": self._attacks_mixed, "attacks_mixed_in": mixed_in, "state": self.method_state()}
-        self.my_init_kwargs[KEY] = {**self.described(), **now}
+        measured: dict[str, Any] = {"attacks_mixed": self._attacks_mixed}
+        if self._attacks_mixed is not None:
+            measured["attacks_mixed_in"] = precision_of(self._faster_autocast(), self.device)
+        self.my_init_kwargs[KEY] = {**self.described(), **measured, "state": self.method_state()}
         try:
             self._write(Path(filename), super().save_checkpoint)
         finally:

@@ -1,0 +1,117 @@
+"""Put a study's results into its page: tables beside the published figures, and a picture.
+
+    python benchmarks/study_page.py
+
+Reads ``results/paper_scale_<scale>.json``, and writes what stands between two marks in ``docs/study.md``, and
+``docs/pictures/study_<scale>.png``. What is written about the figures, around the marks, is for people to write.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from study_results import NORMS, table
+
+from nnunet_ima.files import atomic_path, write_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "study.md", ROOT / "docs" / "pictures"
+SCALES = ("paper", "small")
+COLOURS = {
+    "STD": "#d1495b", "IMA": "#00798c", "IMA-single": "#66b2c0", "SAT": "#edae49", "TRADES": "#6a4c93", "TE": "#5c946e",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Write the page and the pictures."""
+    page = PAGE.read_text(encoding="utf-8")
+    for scale in SCALES:
+        result = read(scale)
+        page = filled(page, scale, section(result, scale))
+        if result is not None:
+            draw(result, PICTURES / f"study_{scale}.png")
+    write_text(PAGE, page)
+
+
+def read(scale: str) -> dict[str, Any] | None:
+    """A study's results, None if there are none."""
+    file = RESULTS / f"paper_scale_{scale}.json"
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def filled(page: str, scale: str, text: str) -> str:
+    """The page with ``text`` between the marks of a scale.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    begin, end = (f"<!-- {scale}: {which} of what study_page.py writes -->" for which in ("begin", "end"))
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"The page has no marks {begin} and {end}.")
+    return f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
+
+
+def section(result: Mapping[str, Any] | None, scale: str) -> str:
+    """What the page says of a study."""
+    if result is None:
+        return "Not run yet."
+    hardware, versions = result["hardware"], result["versions"]
+    where = f"{hardware['device']}, {hardware['cores']} cores, {hardware['date']}"
+    made = f"`{result['command']}`, {where}, torch {versions['torch']}, nnU-Net {versions['nnunetv2']}."
+    picture = f"![Dice against level](pictures/study_{scale}.png)"
+    return "\n\n".join([made, picture, table(result)])
+
+
+def draw(result: Mapping[str, Any], file: Path) -> None:
+    """TVDI against level under the attack of each evaluation, mean and standard deviation over repetitions."""
+    rows = result["rows"]
+    names = [name for name in rows[0]["evaluations"] if any(row["evaluations"][name] for row in rows)]
+    with plt.style.context("default"):
+        figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 4), dpi=110, sharey=True, squeeze=False)
+        for panel, name in zip(axes[0], names, strict=True):
+            _draw_evaluation(panel, rows, name)
+        axes[0][0].set_ylabel("Dice (TVDI, %)")
+        axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        figure.tight_layout()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary:
+            figure.savefig(temporary, format="png")
+        plt.close(figure)
+
+
+def _draw_evaluation(panel: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    protocol, norm = name.split("_")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row["evaluations"][name] for row in rows if row["method"] == method and row["evaluations"][name]]
+        if not mine:
+            continue
+        levels = [result["level"] for result in mine[0]["results"] if _is_search(result)]
+        found = [[one["clean"]["tvdi"], *(r["tvdi"] for r in one["results"] if _is_search(r))] for one in mine]
+        columns = [[100 * value for value in column] for column in zip(*found, strict=True)]
+        spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+        means = [statistics.fmean(column) for column in columns]
+        panel.errorbar(range(len(means)), means, spread, marker="o", color=COLOURS[method], label=method, capsize=3)
+        panel.set_xticks(range(len(means)), ["clean", *levels])
+    panel.set_title(f"{protocol}, {NORMS[norm]}", fontsize=10)
+    panel.set_xlabel("level")
+    panel.set_ylim(0, 100)
+    panel.grid(alpha=0.3)
+
+
+def _is_search(result: Mapping[str, Any]) -> bool:
+    return not str(result["attack"]).startswith("white-noise")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The study's tables and page: each figure where it belongs, beside the published one, and the page up to date."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import study_page
+from study_results import _training, table
+
+from nnunet_ima.settings import KEY
+
+ATTACK, NOISE = "autoattack:version=fast", "white-noise"
+LEVELS = {"sound_l2": ("5", "10", "15"), "sound_linf": ("2/255",), "paper_l2": ("5", "15", "25")}
+
+
+def an_evaluation(name: str, clean: float, attacked: list[float], trusted: bool = True) -> dict[str, Any]:
+    """Noise takes nothing."""
+    found = [
+        {"attack": attack, "level": level, "tvdi": value if attack == ATTACK else clean, "adi": 0.1}
+        for attack in (NOISE, ATTACK)
+        for level, value in zip(LEVELS[name], attacked, strict=True)
+    ]
+    clamp = {"tvdi": clean - 0.01, "adi": 0.1} if name.startswith("paper") else None
+    clean_figures = {"tvdi": clean, "adi": 0.2}
+    return {"samples": 200, "trusted": trusted, "clean": clean_figures, "clamp_only": clamp, "results": found}
+
+
+def a_row(method: str, repetition: int, training: dict[str, Any] | None = None, **evaluations: Any) -> dict[str, Any]:
+    return {
+        "method": method, "repetition": repetition, "settings": {}, "training": training,
+        "evaluations": {name: evaluations.get(name) for name in LEVELS},
+    }  # fmt: skip
+
+
+def a_result(rows: list[dict[str, Any]], dataset: str = "Hippocampus") -> dict[str, Any]:
+    return {
+        "command": "python benchmarks/paper_scale.py", "scale": "small", "dataset": dataset, "rows": rows,
+        "hardware": {"device": "cpu", "cores": 2, "date": "2026-11-26"},
+        "versions": {"torch": "2.15.0", "nnunetv2": "2.8.1"},
+    }  # fmt: skip
+
+
+def lines_of(text: str, heading: str) -> dict[str, list[str]]:
+    """The table under the paragraph that holds ``heading``: cells by the name in the first column."""
+    _, _, rest = text.partition(heading)
+    block = rest.split("\n\n")[1]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in block.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+shares = st.floats(0, 1)
+
+
+@given(st.lists(st.tuples(shares, st.lists(shares, min_size=3, max_size=3)), min_size=1, max_size=4))
+def test_a_cell_is_the_mean_over_repetitions_and_the_last_one_that_of_a_row(found):
+    rows = [
+        a_row("IMA", number, sound_l2=an_evaluation("sound_l2", clean, values))
+        for number, (clean, values) in enumerate(found)
+    ]
+    cells = lines_of(table(a_result(rows)), f"`{ATTACK}`, protocol `sound`, L2")["IMA"]
+    columns = [[clean for clean, _ in found], *([values[place] for _, values in found] for place in range(3))]
+    columns.append([statistics.fmean([clean, *values]) for clean, values in found])
+    for cell, column in zip(cells, columns, strict=True):
+        mean, _, spread = cell.partition(" ± ")
+        assert float(mean) == pytest.approx(100 * statistics.fmean(column), abs=0.0501)
+        assert bool(spread) == (len(found) > 1)
+        assert not spread or float(spread) == pytest.approx(100 * statistics.stdev(column), abs=0.0501)
+
+
+def test_published_figures_stand_below_with_their_protocol():
+    rows = [a_row("STD", 0, sound_l2=an_evaluation("sound_l2", 0.87, [0.2, 0.1, 0.0]),
+                  paper_l2=an_evaluation("paper_l2", 0.87, [0.6, 0.5, 0.4]),
+                  sound_linf=an_evaluation("sound_linf", 0.87, [0.5]))]  # fmt: skip
+    text = table(a_result(rows))
+    sound = lines_of(text, f"`{ATTACK}`, protocol `sound`, L2")
+    # The earlier version's Table 7.
+    (ima,) = (cells for name, cells in sound.items() if name.startswith("*IMA"))
+    assert ima == ["82.2", "72.5", "56.3", "32.0", "60.7"]
+    paper = lines_of(text, f"`{ATTACK}`, protocol `paper`, L2")
+    (ima,) = (cells for name, cells in paper.items() if name.startswith("*IMA"))
+    assert ima == ["85.9", "", "78.0", "70.5", "30.3", "66.2"]
+    assert paper["STD"] == ["87.0", "86.0", "60.0", "50.0", "40.0", "59.2"]
+    noise = lines_of(text, f"`{NOISE}`, protocol `paper`, L2")
+    (ima,) = (cells for name, cells in noise.items() if name.startswith("*IMA"))
+    assert ima[2:] == ["82.2", "81.7", "80.4", "82.5"]
+    # Of what the paper has no figures there are none.
+    for heading in (f"`{NOISE}`, protocol `sound`, L2", f"`{ATTACK}`, protocol `sound`, Linf"):
+        assert {"method", "---", "STD"} == lines_of(text, heading).keys()
+    assert "*" not in table(a_result(rows, dataset="Spleen"))
+
+
+def test_what_is_not_to_be_trusted_is_marked_and_what_is_missing_left_out():
+    rows = [
+        a_row("STD", 0, sound_l2=an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0], trusted=False)),
+        a_row("IMA", 0),
+    ]
+    text = table(a_result(rows))
+    found = lines_of(text, f"`{ATTACK}`, protocol `sound`, L2")
+    assert [name for name in found if "*" not in name] == ["method", "---", "STD, not to be trusted"]
+    assert "protocol `paper`" not in text
+    assert "Trainings" not in text
+
+
+def test_trainings_are_compared_with_the_mean_stock_training():
+    stock = {"seconds": 100.0, "epochs": 22}
+    ima = {"seconds": 450.0, "epochs": 22, "attacks_in": "bfloat16", "passes_per_sample": [3.0, 9.5],
+           "margin_10": [0.0, 1.0], "margin_50": [0.0, 4.0], "margin_90": [0.0, 12.0]}  # fmt: skip
+    rows = [a_row("STD", 0, stock), a_row("IMA", 0, ima), a_row("STD", 1, {**stock, "seconds": 200.0})]
+    cells = lines_of(table(a_result(rows)), "Trainings, in epochs")
+    assert cells["IMA 1"] == ["22", "450", "3.0", "bfloat16", "9.5", "1.0 / 4.0 / 12.0"]
+    assert cells["STD 2"][:3] == ["22", "200", "1.3"]
+
+
+@pytest.mark.parametrize(
+    ("noted", "told"),
+    [
+        ({}, None),
+        ({"attacks_mixed": None}, "float32"),
+        ({"attacks_mixed": False, "attacks_mixed_in": "bfloat16"}, "float32"),
+        ({"attacks_mixed": True, "attacks_mixed_in": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_a_row_says_in_which_precision_attacks_ended(tmp_path, noted, told):
+    log = {"epoch_start_timestamps": [0.0, 10.0], "epoch_end_timestamps": [4.0, 15.0]}
+    torch.save({"logging": log, "init_args": {KEY: noted}}, tmp_path / "checkpoint_final.pth")
+    found = _training(tmp_path / "checkpoint_final.pth")
+    assert found is not None
+    assert found["seconds"] == 9.0
+    assert found.get("attacks_in") == told
+
+
+def test_the_page_holds_what_the_results_say():
+    """After new results: ``python benchmarks/study_page.py``."""
+    page = study_page.PAGE.read_text(encoding="utf-8")
+    for scale in study_page.SCALES:
+        assert study_page.filled(page, scale, study_page.section(study_page.read(scale), scale)) == page
+
+
+def test_a_page_keeps_what_is_written_around_the_tables():
+    page = study_page.PAGE.read_text(encoding="utf-8")
+    rows = [a_row("STD", 0, sound_l2=an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0]))]
+    filled = study_page.filled(page, "paper", study_page.section(a_result(rows), "paper"))
+    assert "| STD | 90.0 | 20.0 |" in filled
+    assert study_page.filled(filled, "paper", study_page.section(study_page.read("paper"), "paper")) == page
+    with pytest.raises(ValueError, match="has no marks"):
+        study_page.filled("a page", "paper", "text")
+
+
+def test_the_picture_shows_every_method_and_evaluation_with_its_spread(tmp_path, monkeypatch):
+    rows = [
+        a_row(method, number, sound_l2=an_evaluation("sound_l2", 0.9, [value, 0.1, 0.0]))
+        for method, value in (("STD", 0.2), ("IMA", 0.7))
+        for number in range(2)
+    ]
+    drawn: list[tuple[str, list[float]]] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self, **_: drawn.extend(
+        (bars.get_label(), bars[0].get_ydata().tolist()) for bars in self.containers
+    ))  # fmt: skip
+    study_page.draw(a_result(rows), tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 5000
+    assert [label for label, _ in drawn] == ["STD", "IMA"]
+    assert drawn[1][1] == pytest.approx([90, 70, 10, 0])
