@@ -111,15 +111,20 @@ def _evaluation_lines(name: str, done: Sequence[Mapping[str, Any]], dataset: str
                 cells.insert(1, _cell([one["clamp_only"]["tvdi"] for one in mine]))
             doubt = "" if all(one["trusted"] for one in mine) else ", not to be trusted"
             yield _line(f"{method}{doubt}", *cells, _cell([statistics.fmean(figures) for figures in found]))
-        for row in _published(dataset, protocol, norm, attack):
-            quoted = [row.clean, *(row.levels.get(level) for level in levels)]
-            if any(value is not None for value in quoted[1:]):
-                known = [value for value in quoted if value is not None]
-                mean = f"{statistics.fmean(known):.1f}" if len(known) == len(quoted) else "–"
-                cells = ["–" if value is None else f"{value:.1f}" for value in quoted]
-                if clamped:
-                    cells.insert(1, "")
-                yield _line(f"*{row.method}, {row.source}*", *cells, mean)
+        published = [
+            (row, [row.clean, *(row.levels.get(level) for level in levels)])
+            for row in _published(dataset, protocol, norm, attack)
+            if any(row.levels.get(level) is not None for level in levels)
+        ]
+        for row, quoted in published:
+            known = [value for value in quoted if value is not None]
+            mean = f"{statistics.fmean(known):.1f}" if len(known) == len(quoted) else "–"
+            cells = ["–" if value is None else f"{value:.1f}" for value in quoted]
+            if clamped:
+                cells.insert(1, "")
+            yield _line(f"*{row.method}*", *cells, mean)
+        if published:
+            yield f"\nIn italics, published: {published[0][0].source}."
 
 
 def _figures(evaluation: Mapping[str, Any], attack: str, levels: Sequence[str]) -> list[float]:
@@ -149,7 +154,7 @@ def _training_lines(trained: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         passes = f"{one['passes_per_sample'][-1]:.1f}" if "passes_per_sample" in one else "1"
         margins = " / ".join(f"{one[key][-1]:.1f}" for key in QUANTILES[:3]) if "margin_10" in one else ""
         number = f" {row['repetition'] + 1}" if any(other["repetition"] for other in trained) else ""
-        seconds, attacks = f"{one['seconds']:.0f}", one.get("attacks_in", "")
+        seconds, attacks = f"{one['seconds']:.0f}", one.get("attacks_in", "") if "passes_per_sample" in one else ""
         yield _line(f"{row['method']}{number}", str(one["epochs"]), seconds, ratio, attacks, passes, margins)
 
 

@@ -93,6 +93,7 @@ def test_published_figures_stand_below_with_their_protocol():
     noise = lines_of(text, f"`{NOISE}`, protocol `paper`, L2")
     (ima,) = (cells for name, cells in noise.items() if name.startswith("*IMA"))
     assert ima[2:] == ["82.2", "81.7", "80.4", "82.5"]
+    assert text.count("In italics, published: ") == 3
     # Of what the paper has no figures there are none.
     for heading in (f"`{NOISE}`, protocol `sound`, L2", f"`{ATTACK}`, protocol `sound`, Linf"):
         assert {"method", "---", "STD"} == lines_of(text, heading).keys()
