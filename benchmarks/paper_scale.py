@@ -75,8 +75,8 @@ SMALL = Scale(
     SmallNetwork("2d_small", features=16, most_features=128, batch_size=32),
     # 500 steps at nnU-Net's rate of 0.01 do not learn the task at all.
     {"num_epochs": 22, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 5, "initial_lr": 0.1},
-    # At ε 15 so small a network learns nothing from SAT or TE in so few steps, and TE's pull at the paper's weight of
-    # 300 keeps it from its task (docs/methods.md). IMA's ε is only the largest that a margin may become.
+    # At ε 15 so small a network learned nothing from SAT in so few steps, and TE's pull at the paper's weight of 300
+    # kept it from its task (docs/methods.md). IMA's ε is only the largest that a margin may become.
     {
         "IMA": {"steps": 10},
         "SAT": {"steps": 5, "epsilon": 5.0},

@@ -8,6 +8,7 @@ with its target. Noise, Dice, the loss of a sample and the table of margins are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.losses import Outputs, first
-from nnunet_ima.precision import Autocast, training_autocast
+from nnunet_ima.precision import Autocast
 from nnunet_ima.trainers.nnUNetTrainerAdversarial import Batch, Step
 from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
 
@@ -141,9 +142,10 @@ class PlainIMA(nnUNetTrainerIMA):
     """Algorithm 1 for a batch, line by line; the update of the weights is nnU-Net's, as in every trainer here."""
 
     def on_train_epoch_start(self) -> None:
-        """As IMA, but its attacks are in nnU-Net's own precision."""
+        """As IMA, but on a CPU its attacks are in nnU-Net's own precision."""
         super().on_train_epoch_start()
-        self.attack_autocast = training_autocast(self.device)
+        if self.device.type == "cpu":
+            self.attack_autocast = nullcontext
 
     def adversarial_step(self, batch: Batch) -> Step:
         """Lines 2 to 17."""

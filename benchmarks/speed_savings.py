@@ -1,4 +1,4 @@
-"""What would make an IMA step cheaper, and what it would cost in strength: changes measured beside IMA as it is.
+"""What makes an IMA step cheaper, or would, and what it costs in strength: changes measured beside IMA as it is.
 
 A change is tried on the same batches, margins and noise. Strength is what the inner attack finds: the loss of the
 perturbed samples, how far they are from the clean ones, and where the margins go.
@@ -54,7 +54,10 @@ def measure_savings(ground: Ground, device: torch.device, steps: int, warm_up: i
     """One row for each change: seconds as a share of IMA's step, passes, and what is found."""
     with at_work(ground):
         trainers = {STOCK: make(KINDS[STOCK], ground, device), IMA: make(KINDS[IMA], ground, device)}
+        single = trainers[IMA].attack_autocast is nullcontext
         for name, saving in SAVINGS.items():
+            if saving.change is _single and single:
+                continue
             trainers[name] = make(KINDS[IMA], ground, device, **saving.settings)
             if saving.change is not None:
                 saving.change(trainers[name])

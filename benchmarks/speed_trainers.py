@@ -77,7 +77,7 @@ def make(kind: type[Any], ground: Ground, device: torch.device, **settings: Any)
     weights = torch.load(ground.checkpoint, map_location=device, weights_only=False)["network_weights"]
     getattr(trainer.network, "_orig_mod", trainer.network).load_state_dict(weights)
     trainer.on_train_start()
-    # On a GPU the first one chooses the precision of the attack, the second one takes up CUDA graphs.
+    # The first one chooses the precision of the attack, on a GPU the second one takes up CUDA graphs.
     for _ in range(2):
         trainer.on_train_epoch_start()
     for group in trainer.optimizer.param_groups:

@@ -34,7 +34,7 @@ def main() -> None:
     for scale in SCALES:
         result = read(scale)
         page = filled(page, scale, section(result, scale))
-        if result is not None:
+        if result is not None and evaluated(result):
             draw(result, PICTURES / f"study_{scale}.png")
     write_text(PAGE, page)
 
@@ -69,20 +69,29 @@ def section(result: Mapping[str, Any] | None, scale: str) -> str:
     hardware, versions = result["hardware"], result["versions"]
     where = f"{hardware['device']}, {hardware['cores']} cores, {hardware['date']}"
     made = f"`{result['command']}`, {where}, torch {versions['torch']}, nnU-Net {versions['nnunetv2']}."
-    picture = f"![Dice against level](pictures/study_{scale}.png)"
-    return "\n\n".join([made, picture, table(result)])
+    picture = [f"![Dice against level](pictures/study_{scale}.png)"] if evaluated(result) else []
+    return "\n\n".join([made, *picture, table(result)])
+
+
+def evaluated(result: Mapping[str, Any]) -> list[str]:
+    """The evaluations that some model has been through."""
+    names = dict.fromkeys(name for row in result["rows"] for name, found in row["evaluations"].items() if found)
+    return list(names)
 
 
 def draw(result: Mapping[str, Any], file: Path) -> None:
     """TVDI against level under the attack of each evaluation, mean and standard deviation over repetitions."""
-    rows = result["rows"]
-    names = [name for name in rows[0]["evaluations"] if any(row["evaluations"][name] for row in rows)]
+    rows, names = result["rows"], evaluated(result)
     with plt.style.context("default"):
         figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 4), dpi=110, sharey=True, squeeze=False)
         for panel, name in zip(axes[0], names, strict=True):
             _draw_evaluation(panel, rows, name)
         axes[0][0].set_ylabel("Dice (TVDI, %)")
-        axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        # A method may be drawn in some of the panels only.
+        shown = {
+            label: bars for panel in axes[0] for bars, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        axes[0][-1].legend(shown.values(), shown.keys(), loc="center left", bbox_to_anchor=(1.02, 0.5))
         figure.tight_layout()
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as temporary:

@@ -30,8 +30,7 @@ def collect(
             "settings": dict(method.settings),
             "training": _training(pipeline.fold_folder(dataset, method) / "checkpoint_final.pth"),
             "evaluations": {
-                attacks.name: _evaluation(pipeline.output / f"{attacks.name}_{pipeline.key(method)}")
-                for attacks in evaluations
+                attacks.name: _evaluation(pipeline.results(method, attacks), attacks) for attacks in evaluations
             },
         }
         for method, repetition in methods
@@ -60,14 +59,19 @@ def _attacks_in(ours: Mapping[str, Any]) -> dict[str, str]:
     """The precision of the last epoch's attacks."""
     if "attacks_mixed" not in ours:
         return {}
-    return {"attacks_in": str(ours["attacks_mixed_in"]) if ours["attacks_mixed"] else "float32"}
+    # Before there was a choice, it was a GPU's.
+    return {"attacks_in": str(ours.get("attacks_mixed_in", "float16")) if ours["attacks_mixed"] else "float32"}
 
 
-def _evaluation(run: Path) -> dict[str, Any] | None:
+def _evaluation(run: Path, attacks: Attacks) -> dict[str, Any] | None:
+    """None if there is none yet, or one of other attacks or levels, which is to be made again."""
     file = run / "summary.json"
     if not file.is_file():
         return None
     summary = json.loads(file.read_text(encoding="utf-8"))
+    found = [(result["attack"], result["level"]) for result in summary["results"]]
+    if found != [(attack, level) for attack in attacks.attacks for level in attacks.levels]:
+        return None
     kept = ("attack", "level", "tvdi", "adi", "robust_share", "tvdi_of_lowest_dice")
     return {
         "samples": summary["clean"]["n_samples"],
@@ -144,10 +148,9 @@ def _published(dataset: str, protocol: str, norm: str, attack: str) -> Sequence[
 def _training_lines(trained: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     stock = [row["training"]["seconds"] for row in trained if row["method"] == "STD"]
     unit = statistics.fmean(stock) if stock else None
-    yield "\nTrainings, in epochs; seconds beside whatever ran at once, a ratio to the mean stock training:\n"
-    yield from _head(
-        "method", "epochs", "seconds", "ratio", "attacks in", "passes a sample, last epoch", "margins, 10 / 50 / 90 %"
-    )
+    yield "\nTrainings, in epochs; seconds beside whatever ran at once, a ratio to the mean stock training."
+    yield "Of the last epoch: the precision of attacks, passes a sample, margins (10 / 50 / 90 %).\n"
+    yield from _head("method", "epochs", "seconds", "ratio", "attacks in", "passes", "margins")
     for row in trained:
         one = row["training"]
         ratio = "" if unit is None else f"{one['seconds'] / unit:.1f}"

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from nnunet_ima.attacks import Finding
@@ -141,16 +142,20 @@ def lost_most(scores: Iterable[SampleScore]) -> list[SampleScore]:
 
 
 def drawn_by_lot(scores: Iterable[SampleScore]) -> list[SampleScore]:
-    """A few samples, as likely as they have voxels to be segmented; of the same samples always the same ones.
+    """A few samples drawn by lot, the more voxels there are to segment the likelier; always the same ones.
 
-    Whatever a model or an attack makes of them: so they can be shown of several models side by side, and nobody chose
-    them. Of parts of the samples, the lots of all are among the lots of the parts (Efraimidis and Spirakis 2006).
+    What a model or an attack makes of them has no part in it: so they can be shown of several models side by side, and
+    nobody chose them. The lots of all samples are among those of any parts of them (Efraimidis and Spirakis 2006).
     """
-    return sorted(scores, key=lambda score: (_lot(score), score.sample))[:LOTS_KEPT]
+
+    def lot(score: SampleScore) -> tuple[float, SampleKey]:
+        return _lot(score.sample, float(score.counts[:, [0, 2]].sum())), score.sample
+
+    return sorted(scores, key=lot)[:LOTS_KEPT]
 
 
-def _lot(score: SampleScore) -> float:
-    size = float(score.counts[:, [0, 2]].sum())
-    number = hashlib.sha256(f"{score.sample.case}, tile {score.sample.tile}".encode(errors="backslashreplace")).digest()
+@lru_cache(maxsize=2**16)
+def _lot(sample: SampleKey, size: float) -> float:
+    number = hashlib.sha256(f"{sample.case}, tile {sample.tile}".encode(errors="backslashreplace")).digest()
     # Exponentially distributed; the more voxels, the smaller.
     return -math.log((int.from_bytes(number[:6], "big") + 1) / 2**48) / size if size else math.inf

@@ -23,8 +23,8 @@ def faster_autocast(device: torch.device) -> Autocast:
     """The precision that makes passes of a training's attacks faster, should they find as much in it.
 
     On CUDA that of the training. On a CPU with units for bfloat16 matrices (Intel's AMX) bfloat16: there a pass takes
-    about half of the time (docs/speed.md). Else single precision, ``nullcontext``: without such units bfloat16 may be
-    slower.
+    51 to 85 % of the time, the less the more samples are in it (docs/speed.md). Else single precision, ``nullcontext``:
+    without such units bfloat16 may be slower.
     """
     if device.type == "cpu" and _has_amx():
         return partial(torch.autocast, "cpu", dtype=torch.bfloat16)

@@ -30,7 +30,7 @@ def make_run(
     margins: Mapping[str, list[float]] | None = None, whole_cases: bool = True, trained_on: bool = False,
     further: Mapping[str, Mapping[str, float]] | None = None, patch: tuple[int, ...] = (24, 20),
     clamped: float | None = None, members: Mapping[str, Mapping[str, float]] | None = None,
-    end_to_end: float | None = None, date: str | None = None,
+    end_to_end: float | None = None, date: str | None = "2026-11-26", shift: int = 0,
 ) -> Path:  # fmt: skip
     """A run whose samples' Dice scatter around the given ones.
 
@@ -43,6 +43,7 @@ def make_run(
         members: of an ensemble, by name, with the same levels; the ensemble keeps the lowest Dice of each sample.
         end_to_end: what the cases lose more when they are attacked as a whole.
         date: on which it was begun; None as in runs that do not tell.
+        shift: by which the structures of samples that are shown lie elsewhere.
         jitter: 0, or the seed of a few voxels that fall out differently.
     """
     attacked = attacked or {"2": 0.8, "8": 0.5}
@@ -81,7 +82,7 @@ def make_run(
                 of_level = {name: levels[condition.level.text] for name, levels in members.items()}
                 scores = [_ensemble(score.sample, of_level, clean, len(classes), seed) for score in scores]
             if condition.level is not None:
-                examples = [_example(score, len(classes)) for score in scores]
+                examples = [_example(score, len(classes), shift) for score in scores]
                 records.keep_examples(condition, examples, scores)
             records.add_samples(condition, scores)
             for name in names if whole_cases else ():
@@ -133,13 +134,14 @@ def _number(sample: SampleKey) -> int:
     return sum((position + 1) * ord(letter) for position, letter in enumerate(sample.case)) * 1000 + sample.tile
 
 
-def _example(score: SampleScore, classes: int) -> Example:
+def _example(score: SampleScore, classes: int, elsewhere: int) -> Example:
     draws = np.random.default_rng(_number(score.sample))
     image = draws.normal(size=(24, 20)).astype(np.float32)
     masks = np.zeros((3, classes, 24, 20), bool)
     for shift, mask in enumerate(masks):
         for number in range(classes):
-            mask[number, 4 + shift + 6 * number : 9 + shift + 6 * number, 5 + shift : 14] = True
+            top = 4 + elsewhere + shift + 6 * number
+            mask[number, top : top + 5, 5 + shift : 14] = True
     return Example(*score.sample, score.clean_dice, score.dice, image, image + 0.2, *masks)
 
 

@@ -131,6 +131,17 @@ def evaluated(monkeypatch) -> list[dict[str, torch.Tensor]]:
     return seen
 
 
+def test_ima_in_single_precision_is_ima_but_for_that(tmp_path, monkeypatch):
+    command = ["paper_scale.py", "--data", "none", "--methods", "IMA", "IMA-single", "--scale", "small"]
+    monkeypatch.setattr(sys, "argv", command)
+    made = [method for method, _ in paper_scale.methods(paper_scale._options(), paper_scale.SMALL)]
+    assert [method.trainer for method in made] == ["nnUNetTrainerIMA"] * 2 * 3
+    one, other = made[:2]
+    assert {**one.settings, "attack_precision": "single"} == other.settings
+    pipeline = Pipeline(tmp_path, "plans", paper_scale.SMALL.network, "cpu")
+    assert len({pipeline.key(method) for method in made}) == len(made)
+
+
 def run(study: Study) -> None:
     ((_, job),) = study.jobs(study.output / "nnUNet_preprocessed" / "Dataset004_Hippocampus")
     job()

@@ -128,29 +128,44 @@ def scores_of(run: Path) -> list[SampleScore]:
 
 
 def test_samples_that_a_model_was_not_attacked_on_are_not_shown_side_by_side(tmp_path):
-    """The first draws its lots from eight cases, of which the second has two."""
-    one, other = make_run(tmp_path / "a", title="A"), make_run(tmp_path / "b", title="B", cases=2, seed=1)
-    wanted = {score.sample for score in drawn_by_lot(scores_of(one))} & {
-        score.sample for score in drawn_by_lot(scores_of(other))
-    }
+    """The second model was attacked on the first cases only, among which one of the lots is."""
+    one = make_run(tmp_path / "a", title="A")
+    lots = sorted(score.sample for score in drawn_by_lot(scores_of(one)))
+    cases = int(lots[0].case[-3:]) + 1
+    other = make_run(tmp_path / "b", title="B", cases=cases, seed=1)
+    assert lots[1] not in {score.sample for score in scores_of(other)}
     rows = figures_of(write_report([one, other], tmp_path / "out"), "same")
-    assert {row[0][1] for row in rows} == {f"{case}, tile {tile}" for case, tile in wanted}
-    assert len(wanted) < LOTS_KEPT
+    assert [[sample for _, sample in row] for row in rows] == [[f"{lots[0].case}, tile {lots[0].tile}"] * 2]
+
+
+def test_patches_that_have_nothing_but_their_number_in_common_are_not_shown_side_by_side(tmp_path):
+    """Of plans with another spacing, say."""
+    made = [make_run(tmp_path / str(shift), title=f"M{shift}", seed=shift, shift=shift) for shift in range(2)]
+    assert figures_of(write_report(made, tmp_path / "out"), "same") == []
+    assert len(figures_of(write_report(made[:1], tmp_path / "alone"), "same")) == LOTS_KEPT
+
+
+def test_runs_that_kept_only_what_lost_most_show_no_lots(tmp_path):
+    """They have no date; a lot that is among what they kept is there because it lost much."""
+    made = [
+        make_run(tmp_path / str(n), title=f"M{n}", seed=n, date=date) for n, date in enumerate((None, "2026-11-25"))
+    ]
+    assert figures_of(write_report(made, tmp_path / "out"), "same") == []
 
 
 @pytest.mark.parametrize(
     ("dates", "said"),
     [
-        (("2026-11-25", "2026-11-25"), "Evaluated on 2026-11-25."),
-        (("2026-11-27", "2026-11-25"), "Evaluated on 2026-11-25 to 2026-11-27."),
-        ((None, "2026-11-25"), "Evaluated on 2026-11-25."),
+        (("2026-11-25", "2026-11-25"), "The evaluations were begun on 2026-11-25."),
+        (("2026-11-27", "2026-11-25"), "The evaluations were begun between 2026-11-25 and 2026-11-27."),
+        ((None, "2026-11-25"), None),
         ((None, None), None),
     ],
 )
 def test_the_page_says_when(tmp_path, dates, said):
     made = [make_run(tmp_path / str(n), title=f"M{n}", seed=n, date=date) for n, date in enumerate(dates)]
     text = Text(write_report(made, tmp_path / "out").read_text(encoding="utf-8")).text
-    assert (said in text) if said else ("Evaluated on" not in text)
+    assert (said in text) if said else ("were begun" not in text)
 
 
 def test_a_reader_learns_who_is_more_robust_to_what_how_surely_and_at_which_price(page):

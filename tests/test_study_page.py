@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import study_page
-from study_results import _training, table
+from study_results import _evaluation, _training, table
 
+from nnunet_ima.evaluation.pipeline import Attacks
 from nnunet_ima.settings import KEY
 
 ATTACK, NOISE = "autoattack:version=fast", "white-noise"
@@ -129,6 +131,7 @@ def test_trainings_are_compared_with_the_mean_stock_training():
         ({"attacks_mixed": None}, "float32"),
         ({"attacks_mixed": False, "attacks_mixed_in": "bfloat16"}, "float32"),
         ({"attacks_mixed": True, "attacks_mixed_in": "bfloat16"}, "bfloat16"),
+        ({"attacks_mixed": True}, "float16"),
     ],
 )
 def test_a_row_says_in_which_precision_attacks_ended(tmp_path, noted, told):
@@ -163,11 +166,33 @@ def test_the_picture_shows_every_method_and_evaluation_with_its_spread(tmp_path,
         for method, value in (("STD", 0.2), ("IMA", 0.7))
         for number in range(2)
     ]
-    drawn: list[tuple[str, list[float]]] = []
-    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self, **_: drawn.extend(
-        (bars.get_label(), bars[0].get_ydata().tolist()) for bars in self.containers
-    ))  # fmt: skip
+    rows.append(a_row("SAT", 0, sound_linf=an_evaluation("sound_linf", 0.8, [0.5])))
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
     study_page.draw(a_result(rows), tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 5000
-    assert [label for label, _ in drawn] == ["STD", "IMA"]
-    assert drawn[1][1] == pytest.approx([90, 70, 10, 0])
+    panels = figures[0].axes
+    assert [panel.get_title() for panel in panels] == ["sound, L2", "sound, Linf"]
+    drawn = {bars.get_label(): bars[0].get_ydata().tolist() for panel in panels for bars in panel.containers}
+    assert drawn["IMA"] == pytest.approx([90, 70, 10, 0])
+    assert drawn.keys() == {text.get_text() for text in panels[-1].get_legend().get_texts()} == {"STD", "IMA", "SAT"}
+
+
+def test_a_study_that_was_only_begun_has_no_picture():
+    """As after the first minutes on a machine that is lent."""
+    text = study_page.section(a_result([a_row("STD", 0), a_row("IMA", 0)]), "paper")
+    assert "![" not in text
+    assert "benchmarks/paper_scale.py" in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "counts"), [((NOISE, ATTACK), True), ((NOISE, "autoattack:version=standard"), False)]
+)
+def test_an_evaluation_of_other_attacks_is_none_of_this_study(tmp_path, asked, counts):
+    """A study that is started again with another attack makes its evaluations again; until then they are missing."""
+    summary = {**an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0]), "clean": {"n_samples": 3, "tvdi": 0.9, "adi": 0.8}}
+    (tmp_path / "summary.json").write_text(json.dumps({key: value for key, value in summary.items() if value}))
+    found = _evaluation(tmp_path, Attacks("sound_l2", LEVELS["sound_l2"], asked))
+    assert (found is not None) == counts
+    assert _evaluation(tmp_path, Attacks("sound_l2", ("5", "10"), (NOISE, ATTACK))) is None
+    assert _evaluation(tmp_path / "none", Attacks("sound_l2", ("5",), (NOISE,))) is None

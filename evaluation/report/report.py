@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nnunet_ima import __version__
@@ -154,15 +155,15 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
                  for setting in settings for run in setting.runs],
         threshold=100 * float(runs[0].summary["criterion"]["dice_threshold"]),
         note=note,
-        dates=_first_and_last(run.summary["date"] for run in runs if "date" in run.summary),
+        dates=_first_and_last([run.summary.get("date") for run in runs]),
         version=__version__,
     )  # fmt: skip
 
 
-def _first_and_last(dates: Iterable[str]) -> list[str]:
-    """Of ISO dates; one if they are the same, none if there is none: older runs do not tell theirs."""
-    found = sorted(set(dates))
-    return [*found[:1], *found[1:][-1:]]
+def _first_and_last(dates: Sequence[str | None]) -> list[str]:
+    """Of ISO dates; one if they are the same, none if an older run does not tell its own."""
+    known = sorted({date for date in dates if date is not None})
+    return [] if None in dates else [*known[:1], *known[1:][-1:]]
 
 
 def _checks(setting: Setting, run: Results) -> dict[str, Any]:
@@ -188,17 +189,19 @@ def _settings(summary: dict[str, Any]) -> dict[str, Any]:
 def _drawn(setting: Setting) -> list[list[dict[str, Any]]]:
     """Samples that all models were attacked on, nobody's choice: of each, what became of it in each model."""
     level = setting.telling_level
-    if level is None:
+    # Runs of before there were dates kept only what lost most: a lot that is there is so for that.
+    if level is None or not all("date" in run.summary for run in setting.runs):
         return []
     keys = [setting.worst(run, level) for run in setting.runs]
     found = [{(one.case, one.tile): one for one in run.drawn(key)} for run, key in zip(setting.runs, keys, strict=True)]
+    rows = [
+        [examples[sample] for examples in found] for sample in found[0] if all(sample in examples for examples in found)
+    ]
+    # Plans with other spacings number other patches the same.
+    same = [row for row in rows if all(np.array_equal(example.target, row[0].target) for example in row)]
     return [
-        [
-            _shown(setting, run, key, level, examples[sample])
-            for run, key, examples in zip(setting.runs, keys, found, strict=True)
-        ]
-        for sample in found[0]
-        if all(sample in examples for examples in found)
+        [_shown(setting, run, key, level, example) for run, key, example in zip(setting.runs, keys, row, strict=True)]
+        for row in same
     ]
 
 
