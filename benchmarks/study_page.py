@@ -8,6 +8,7 @@ Reads ``results/paper_scale_<scale>.json``, and writes what stands between two m
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -30,8 +31,11 @@ COLOURS = {
 
 def main() -> None:
     """Write the page and the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--scales", nargs="+", choices=SCALES, default=list(SCALES), help="whose results are put there")
+    options = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    for scale in SCALES:
+    for scale in options.scales:
         result = read(scale)
         page = filled(page, scale, section(result, scale))
         if result is not None and evaluated(result):

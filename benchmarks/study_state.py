@@ -85,9 +85,7 @@ def unpack(state: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     for file in sorted(state.glob("*.pth")):
         stored = torch.load(file, map_location="cpu", weights_only=False)
-        fold = (work / stored["fold"]).resolve()
-        if work.resolve() not in fold.parents:
-            raise UserError(f"{file} wants to be put outside {work}; it is no state of this study.")
+        fold = _inside(work, stored["fold"], file)
         if any((fold / name).is_file() for name in CHECKPOINTS):
             continue
         fold.mkdir(parents=True, exist_ok=True)
@@ -97,9 +95,25 @@ def unpack(state: Path, work: Path) -> None:
     if (state / RECORDS).is_file():
         with tarfile.open(state / RECORDS) as tar:
             for member in tar.getmembers():
+                place = _inside(work, member.name, state / RECORDS)
+                content = tar.extractfile(member) if member.isfile() else None
                 # A process of another machine is none here.
-                if not (work / member.name).exists() and Path(member.name).name != "running.pid":
-                    tar.extract(member, work, filter="data")
+                if content is not None and not place.exists() and place.name != "running.pid":
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_path(place) as temporary:
+                        temporary.write_bytes(content.read())
+
+
+def _inside(work: Path, name: str, source: Path) -> Path:
+    """Where something is to be put; tarfile's own filter is missing in Python 3.11.3 and before.
+
+    Raises:
+        UserError: outside ``work``.
+    """
+    place = (work / name).resolve()
+    if work.resolve() not in place.parents:
+        raise UserError(f"{source} wants to put something outside {work}; it is no state of this study.")
+    return place
 
 
 def _is_half_done(entry: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import paper_scale
-from study_state import HALF, LARGEST, ROUNDED_MARK, pack, round_before_evaluations, unpack
+from study_state import HALF, LARGEST, RECORDS, ROUNDED_MARK, pack, round_before_evaluations, unpack
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.phantom import make_phantom_task
@@ -85,6 +86,29 @@ def test_what_is_there_already_is_kept(tmp_path):
     assert newer.read_text() == "newer"
     assert not newer.with_name("checkpoint_latest.pth").exists()
     assert (tmp_path / "there" / "sound_l2_IMA" / "records" / "journal.jsonl").read_text() == "two lines\n"
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.txt", "/elsewhere.txt", "a/../../elsewhere.txt"])
+def test_a_state_writes_nothing_outside_the_work(tmp_path, name):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "content").write_text("no")
+    with tarfile.open(tmp_path / "state" / RECORDS, "w:gz") as tar:
+        member = tar.gettarinfo(tmp_path / "content")
+        member.name = name
+        with (tmp_path / "content").open("rb") as content:
+            tar.addfile(member, content)
+    with pytest.raises(UserError, match="wants to put something outside"):
+        unpack(tmp_path / "state", tmp_path / "work")
+    assert not list(tmp_path.rglob("elsewhere*"))
+
+
+def test_a_link_in_a_state_is_not_followed(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "there").symlink_to("/")
+    with tarfile.open(tmp_path / "state" / RECORDS, "w:gz") as tar:
+        tar.add(tmp_path / "there", "there")
+    unpack(tmp_path / "state", tmp_path / "work")
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_a_finished_training_is_carried_as_finished(tmp_path):
