@@ -23,7 +23,7 @@ def faster_autocast(device: torch.device) -> Autocast:
     """The precision that makes passes of a training's attacks faster, should they find as much in it.
 
     On CUDA that of the training. On a CPU with units for bfloat16 matrices (Intel's AMX) bfloat16: there a pass takes
-    40 to 85 % of the time, the less the more samples are in it (docs/speed.md). Else single precision, ``nullcontext``:
+    37 to 87 % of the time, the less the more samples are in it (docs/speed.md). Else single precision, ``nullcontext``:
     without such units bfloat16 may be slower.
     """
     if device.type == "cpu" and _has_amx():
