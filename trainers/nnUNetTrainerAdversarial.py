@@ -39,6 +39,7 @@ from nnunet_ima.losses import Outputs, SegmentationLoss, first
 from nnunet_ima.lp import random_in_ball
 from nnunet_ima.margins import SampleId
 from nnunet_ima.precision import Autocast, faster_autocast, precision_of, training_autocast, use_exact_convolutions
+from nnunet_ima.primitives import keep_primitives
 from nnunet_ima.robust_dice import RobustDice
 from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Origin, Plan, Settings, configure, validate
 from nnunet_ima.threads import use_threads_as_told
@@ -114,6 +115,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self.overrides = _read_overrides(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
         use_threads_as_told(device)
+        keep_primitives(device)
         for name, value in {**self.lengths, **self.overrides}.items():
             if name in LENGTHS:
                 setattr(self, name, value)
