@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_ima.evaluation.attack_choice import members_of_choice
 from nnunet_ima.evaluation.environment import versions
+from nnunet_ima.evaluation.hardware import hardware
 from nnunet_ima.evaluation.identity import digest
 from nnunet_ima.evaluation.metrics import Region
+from nnunet_ima.evaluation.provenance import exported_from
 
 if TYPE_CHECKING:
+    from nnunet_ima.evaluation.models import TrainedModel
     from nnunet_ima.evaluation.run import Evaluation
 
 
@@ -78,8 +81,11 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
         "trained_on_these_cases": model.fold == "all" or bool(model.training_cases & set(cases)),
         "started_from_unknown_weights": model.started_from_unknown,
         "margins_by_epoch": model.margins,
+        **_exported(model),
         **_end_to_end(evaluation),
+        "batch_size": evaluation.batch_size,
         "device": str(evaluation.device),
+        **hardware(evaluation.device),
         # When it was begun; no number depends on it.
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": command,
@@ -89,6 +95,11 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
 
 def _chosen_apart(evaluation: Evaluation) -> bool:
     return evaluation.max_samples is not None and evaluation.samples_seed != evaluation.seed
+
+
+def _exported(model: TrainedModel) -> dict[str, Any]:
+    found = exported_from(model.folder, model.fold, model.sha256)
+    return {"exported_from": found} if found else {}
 
 
 def _end_to_end(evaluation: Evaluation) -> dict[str, Any]:

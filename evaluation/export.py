@@ -23,11 +23,11 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.configure import check_name
 from nnunet_ima.evaluation.environment import our_trainers_too, versions
 from nnunet_ima.evaluation.models import load_model, read_json
+from nnunet_ima.evaluation.provenance import PROVENANCE
 from nnunet_ima.files import write_text
 from nnunet_ima.settings import KEY
 
 STOCK = "nnUNetTrainer"
-PROVENANCE = "nnunet_ima_provenance.json"
 
 # Beside the checkpoint, what nnUNetv2_export_model_to_zip and people look for.
 COPIED = ("progress.png", "debug.json", "network_architecture.pdf", "validation/summary.json")

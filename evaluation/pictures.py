@@ -21,12 +21,14 @@ from nnunet_ima.evaluation.outcomes import Outcome
 from nnunet_ima.files import atomic_path
 
 LINE_STYLES = ("-", "--", ":", "-.")
+# Names of cases, classes and attacks stand as they are: a dollar sign in one begins no formula.
+STYLE: list[str | dict[str, bool]] = ["default", {"text.parse_math": False}]
 TRUTH, BEFORE, AFTER = "#2ca02c", "#1f77b4", "#d62728"
 
 
 def draw_dice_against_level(summary: Mapping[str, Any], file: Path) -> None:
     """TVDI of each attack over the levels, from the clean value at 0; with the clamp alone as a dashed line."""
-    with plt.style.context("default"):
+    with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.5), dpi=130, layout="constrained")
         ticks = {0.0: "0"}
         for attack in dict.fromkeys(result["attack"] for result in summary["results"]):
@@ -60,7 +62,7 @@ def draw_dice_against_level(summary: Mapping[str, Any], file: Path) -> None:
 def draw_worst(outcome: Outcome, classes: Sequence[str], file: Path) -> None:
     """The samples of ``outcome`` that lost most Dice: image, perturbed image, perturbation, contours of ``classes``."""
     examples = outcome.worst
-    with plt.style.context("default"):
+    with plt.style.context(STYLE):
         figure, rows = plt.subplots(
             len(examples), 5, figsize=(13, 2.9 * len(examples) + 0.8), dpi=110, squeeze=False, layout="constrained"
         )

@@ -11,7 +11,7 @@ choose again and reach a little less.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +99,12 @@ class Difference(NamedTuple):
         """Whether it is hardly chance: the interval is on one side of 0, and p below 5 %."""
         return bool((self.interval.low > 0 or self.interval.high < 0) and self.p < 1 - CONFIDENCE)
 
+    @property
+    def opposite(self) -> Difference:
+        """Of the other model minus the one."""
+        value, low, high = self.interval
+        return Difference(Interval(-value, -high, -low), self.p)
+
 
 def tvdi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
     """Of two models on the same units: paired bootstrap, and permutation test that swaps the models' results of a unit.
@@ -113,6 +119,27 @@ def tvdi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
 def adi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
     """The same of ADI, from :func:`dice_sums` (units, 1, 2) of each."""
     return _difference(one, other, _adi, seed)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Each p of a family of tests, corrected for the number of them by Holm's step-down method.
+
+    The smallest is multiplied by the number of tests, the next by one less, and so on; none comes out below one that
+    was smaller before, nor above 1. Among what then is below 5 %, there is a false one with at most 5 % chance, however
+    the tests depend on one another (Holm 1979). NaN, where there was too little to tell, is no test.
+
+    Args:
+        p_values: in any order.
+
+    Returns:
+        In the same order.
+    """
+    known = sorted((p, place) for place, p in enumerate(p_values) if p == p)
+    corrected, largest = list(map(float, p_values)), 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        corrected[place] = largest
+    return corrected
 
 
 def smallest_p(n_units: int) -> float:

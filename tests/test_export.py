@@ -7,14 +7,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from nnunet_project import PLANS, command_environment, quiet, read
 
+from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.evaluation import export
 from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.description import describe_run
 from nnunet_ima.evaluation.export import PROVENANCE, STOCK
+from nnunet_ima.evaluation.models import load_model
+from nnunet_ima.evaluation.protocols import Protocol
+from nnunet_ima.evaluation.run import Evaluation
 from nnunet_ima.settings import KEY
 
 
@@ -145,6 +151,28 @@ def test_provenance_is_valid_json_with_both_checksums(hardened, tmp_path):
     (fold,) = json.loads((exported / PROVENANCE).read_text(encoding="utf-8"))["folds"]
     assert set(fold["sha256"]) == {"hardened", "exported"}
     assert fold["sha256"]["hardened"] != fold["sha256"]["exported"]
+
+
+def test_an_evaluation_of_an_exported_model_knows_what_it_was(ima_2d, tmp_path):
+    assert run("-m", str(Path(ima_2d.output_folder).parent), "-o", str(tmp_path)) == 0
+    (exported,) = tmp_path.iterdir()
+
+    def told(folder: Path) -> dict[str, Any] | None:
+        cpu = torch.device("cpu")
+        model = load_model(folder, 0, "checkpoint_final.pth", cpu)
+        protocol, criterion = Protocol("sound", "l2"), DiceCriterion(labels=model.labels)
+        evaluation = Evaluation(model, protocol, [], [], None, 1, 0, cpu, criterion)
+        return dict(describe_run(evaluation, [], "")).get("exported_from")
+
+    found = told(exported)
+    assert found is not None
+    assert found["trainer"] == ima_2d.__class__.__name__
+    assert found["training"]["epsilon"] == 6.0
+    assert told(Path(ima_2d.output_folder).parent) is None
+    # Of weights that were put there since, the note says nothing.
+    file = exported / "fold_0" / "checkpoint_final.pth"
+    torch.save({**torch.load(file, weights_only=False), "current_epoch": 99}, file)
+    assert told(exported) is None
 
 
 @pytest.mark.parametrize("name", ["a/b", "a__b", "", "."])

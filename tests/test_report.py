@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,27 +20,34 @@ from hypothesis import strategies as st
 from results_of_runs import ATTACK, ENSEMBLE, NOISE, make_run
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.command_line import _parser, main
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.outcomes import LOTS_KEPT, SampleKey, SampleScore, drawn_by_lot
 from nnunet_ima.evaluation.report import write_report
+from nnunet_ima.evaluation.report.attacks_run import same_attack
 from nnunet_ima.evaluation.report.charts import axis_around
-from nnunet_ima.evaluation.report.figures import Setting, settings_of
+from nnunet_ima.evaluation.report.drawings import drawings_of
+from nnunet_ima.evaluation.report.figures import Setting, colours_of, settings_of
 from nnunet_ima.evaluation.report.pictures import perturbation
-from nnunet_ima.evaluation.report.published import published_for
-from nnunet_ima.evaluation.report.report import _page
-from nnunet_ima.evaluation.report.sentences import headline, price
+from nnunet_ima.evaluation.report.published import paper_task, published_attack, published_for
+from nnunet_ima.evaluation.report.repeat import settings_of_run, without_parts
+from nnunet_ima.evaluation.report.report import _page, _titles
+from nnunet_ima.evaluation.report.sentences import evidence, headline, left_out, price
 from nnunet_ima.evaluation.report.tables import (
     Cell,
     Table,
     _signed,
-    as_csv,
     as_latex,
     as_markdown,
+    case_table,
+    class_spread_table,
+    difference_table,
     further_table,
+    published_tables,
     robustness_table,
 )
-from nnunet_ima.evaluation.results import UNTOUCHED, read_results
+from nnunet_ima.evaluation.results import UNTOUCHED, Results, read_results
+from nnunet_ima.evaluation.statistics import holm
 
 MARGINS = {"margin_10": [1.0, 1.5, 2.0], "margin_50": [2.0, 3.0, 4.0], "margin_90": [3.0, 5.0, 7.0]}
 PAPERS = Path(__file__).parents[2] / "shared" / "papers"
@@ -114,7 +122,7 @@ def test_every_model_is_shown_on_the_same_samples(page, runs):
     rows = figures_of(page, "same")
     assert len(rows) == LOTS_KEPT * 2  # norms
     for row in rows:
-        assert [model for model, _ in row] == ["stock", "IMA"]
+        assert [model for model, _ in row] == ["nnUNetTrainer", "IMA"]
         assert len({sample for _, sample in row}) == 1
     # Not those that one of them lost most on.
     drawn = [f"{case}, tile {tile}" for case, tile in (score.sample for score in drawn_by_lot(scores_of(runs[0])))]
@@ -173,7 +181,7 @@ def test_a_reader_learns_who_is_more_robust_to_what_how_surely_and_at_which_pric
     for level in ("L2 15", "Linf 4/255"):
         share = r"([\d.]+) % \(([\d.]+) to ([\d.]+)\)"
         said = re.search(
-            rf"IMA is more robust than stock: at {level}, under {ATTACK}, it holds {share} Dice "
+            rf"IMA is more robust than nnUNetTrainer: at {level}, under {ATTACK}, it holds {share} Dice "
             rf"against {share}, ([\d.]+) points",
             text,
         )
@@ -184,7 +192,7 @@ def test_a_reader_learns_who_is_more_robust_to_what_how_surely_and_at_which_pric
         assert ima == pytest.approx(60, abs=4)
     assert re.search(r"It costs [\d.]+ points \([\d.]+ to [\d.]+\) of clean Dice", text)
     parts = "Can the figures be trusted? | What the figures mean | Case by case | Size of the structure"
-    parts += " | Margins in training | Beside the published figures | By class | How to repeat this"
+    parts += " | Margins in training | By class | How to repeat this"
     for wanted in parts.split(" | "):
         assert wanted in text
 
@@ -199,7 +207,7 @@ def test_a_reader_learns_of_how_many_samples_that_is_and_what_the_mean_over_leve
         low, high = 100 * mean.interval.low, 100 * mean.interval.high
         assert (
             f"On average over {over}, IMA holds {100 * mean.interval.value:.1f} points ({low:.1f} to {high:.1f}) more "
-            f"than stock (p 0.008). With 8 cases no p can be below 0.008." in text
+            f"than nnUNetTrainer (p 0.008). With 8 cases no p can be below 0.008." in text
         )
         samples = [run.samples[UNTOUCHED] for run in (ima, stock)]
         by_sample = [100 * float(table.dice.mean()) for table in samples]
@@ -276,18 +284,72 @@ def test_the_page_needs_no_network_and_is_well_formed(page):
     assert "@import" not in content
 
 
+def numbers_of(page: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((page.parent / "tables.csv").read_text(encoding="utf-8"))))
+
+
 def test_every_table_number_is_that_of_the_runs(page, runs):
-    rows = [line for line in csv.reader(io.StringIO((page.parent / "tables.csv").read_text(encoding="utf-8"))) if line]
-    start = next(i for i, row in enumerate(rows) if row[0].startswith("TVDI under each attack"))
-    assert rows[start + 1] == ["model", "attack", "clean", "L2 5", "L2 10", "L2 15", "Avg"]
-    table = {(row[0], row[1]): row[2:] for row in rows[start + 2 : start + 6]}
-    for folder, title in zip(runs, ("stock", "IMA"), strict=False):
+    lines = (page.parent / "tables.md").read_text(encoding="utf-8").split("### ")[1].splitlines()
+    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    assert cells[0] == ["model", "attack", "clean", "L2 5", "L2 10", "L2 15", "Avg"]
+    table = {(row[0], row[1]): row[2:] for row in cells[2:]}
+    for folder, title in zip(runs, ("nnUNetTrainer", "IMA"), strict=False):
         results = read_results(folder)
         for attack in (NOISE, ATTACK):
             keys = [("clean", "0"), *((attack, level) for level in ("5", "10", "15"))]
             wanted = [100 * float((results.figures(key) or {})["tvdi"]) for key in keys]
             shown = [float(cell.split()[0]) for cell in table[title, attack]]
             assert shown == pytest.approx([*wanted, sum(wanted) / 4], abs=0.051)
+
+
+def test_the_csv_is_one_table_with_each_number_in_a_cell_of_its_own(page, runs):
+    rows = numbers_of(page)
+    numbers = ("epsilon", "value", "low", "high", "p", "p_holm", "n")
+    for row in rows:
+        assert None not in row
+        assert None not in row.values()
+        for name in numbers:
+            assert row[name] == "" or np.isfinite(float(row[name]))
+        assert not row["low"] or float(row["low"]) <= float(row["value"]) <= float(row["high"])
+    found = {tuple(row[name] for name in ("norm", "model", "against", "attack", "level", "case", "label", "metric",
+                                          "source")): row for row in rows}  # fmt: skip
+    assert len(found) == len(rows)
+
+    def of(*wanted: str, **named: str) -> dict[str, str]:
+        norm, model, attack, level, metric = wanted
+        one = {"against": "", "case": "", "label": "", "source": "here", **named}
+        return found[norm, model, one["against"], attack, level, one["case"], one["label"], metric, one["source"]]
+
+    for folder, norm in ((runs[1], "l2"), (runs[3], "linf")):
+        results = read_results(folder)
+        for item in results.attacked:
+            where = (norm, "IMA", item["attack"], item["level"])
+            for metric in ("tvdi", "adi", "robust_share", "case_dice"):
+                assert float(of(*where, metric)["value"]) == item[metric]
+            assert float(of(*where, "hd95_mm")["value"]) == item["hd95"]
+            assert of(*where, "tvdi")["n"] == str(item["n_samples"])
+            assert float(of(*where, "tvdi")["epsilon"]) == item["epsilon"]
+        case = results.cases[UNTOUCHED]["case_003"]
+        assert (
+            float(of(norm, "IMA", *UNTOUCHED, "hd95_mm", case="case_003", label="posterior")["value"])
+            == (case["hd95_mm"][1])
+        )
+    (setting, _) = settings_of([replace(read_results(f), title=t) for f, t in zip(runs, ("S", "I") * 2, strict=True)])
+    stock, ima = setting.runs
+    difference = setting.difference(ima, stock, "10")
+    row = of("l2", "IMA", "worst of each model", "10", "tvdi_difference", against="nnUNetTrainer")
+    shown = [float(row[name]) for name in ("value", "low", "high", "p", "p_holm")]
+    assert shown == [*difference.interval, difference.p, difference.p]
+    for metric in ("tvdi_mean_of_clean_and_levels", "tvdi_difference_of_means_over_levels", "adi_difference"):
+        assert any(row["metric"] == metric for row in rows)
+
+
+def test_what_was_published_is_in_the_csv_with_its_source(tmp_path):
+    run = make_run(tmp_path / "run", attacked={"5": 0.5}, further={"pgd:steps=100": {"5": 0.4}})
+    rows = numbers_of(write_report([run], tmp_path / "out"))
+    (row,) = (row for row in rows if row["source"] != "here" and row["model"] == "SAT15" and row["level"] == "15")
+    assert (row["attack"], row["metric"], float(row["value"])) == ("PGD", "tvdi", pytest.approx(0.2776))
+    assert "100 steps" in row["source"]
 
 
 def test_the_best_of_each_column_is_bold_and_nothing_else(runs):
@@ -331,7 +393,7 @@ def test_one_model_alone_and_other_samples(tmp_path):
     other = make_run(tmp_path / "other", attacked={"5": 0.7}, cases=9, title="B")
     page = write_report([alone, other], tmp_path / "two").read_text(encoding="utf-8")
     assert "on other samples" in page
-    assert "Against STD" not in page
+    assert "Model against model" not in page
 
 
 def test_without_a_case_level_cases_are_made_of_their_samples(tmp_path):
@@ -357,18 +419,96 @@ def test_where_no_check_was_made_none_passed(tmp_path):
     assert "checks passed." in Text(_page([run], settings_of([run]), "")).text
 
 
-def test_published_figures_stand_with_their_protocol():
-    def rows(dataset: str, protocol: str, norm: str) -> list[Any]:
-        return published_for({"model": {"dataset": dataset}, "protocol": {"name": protocol, "norm": norm}})
+def about(dataset: str, norm: str, patch: tuple[int, ...] = (56, 40)) -> dict[str, Any]:
+    return {"model": {"dataset": dataset}, "protocol": {"norm": norm}, "patch_size": list(patch)}
 
-    paper = rows("Dataset002_Heart", "paper", "linf")
-    assert {row.method: row.levels["2/255"] for row in paper}["IMA"] == 71.58
-    assert all("Table 3" in row.source for row in paper)
-    sound = rows("Dataset002_Heart", "sound", "l2")
-    assert {row.method: row.levels["15"] for row in sound}["IMA"] == 69.34
-    assert all("PGD" in row.source for row in sound)
-    assert rows("Dataset002_Heart", "sound", "linf") == []
-    assert rows("Dataset042_Mine", "paper", "l2") == []
+
+def test_published_figures_stand_with_their_kind_of_attack():
+    auto = published_for(about("Dataset002_Heart", "linf"), "AutoAttack")
+    assert {row.method: row.levels["8/255"] for row in auto}["STD"] == 50.66
+    noise = published_for(about("Dataset002_Heart", "linf"), "WhiteNoise")
+    assert {row.method: row.levels["8/255"] for row in noise}["STD"] == 73.27
+    pgd = published_for(about("Dataset002_Heart", "l2"), "PGD")
+    assert {row.method: row.levels["15"] for row in pgd}["IMA"] == 69.34
+    assert [all(word in row.source for row in rows) for word, rows in
+            (("AutoAttack", auto), ("white noise", noise), ("100 steps", pgd))] == [True] * 3  # fmt: skip
+    assert published_for(about("Dataset002_Heart", "linf"), "PGD") == []
+    assert published_for(about("Dataset002_Heart", "linf", (80, 192, 160)), "AutoAttack") == []
+
+
+@pytest.mark.parametrize(
+    ("protocol", "attack", "kind"),
+    [
+        ("paper", "autoattack:version=fast", "AutoAttack"),
+        ("paper", "autoattack:version=fast,mode=threshold", None),
+        ("paper", "white-noise:draws=100", "WhiteNoise"),
+        ("paper", "pgd:steps=100,step_size=0.04", None),
+        ("paper", "apgd", None),
+        ("sound", "pgd:step_size=0.04,steps=100", "PGD"),
+        ("sound", "pgd:steps=20", None),
+        ("sound", "autoattack", None),
+        ("sound", "white-noise", None),
+        ("sound", "an-attack-of-next-year:steps=100", None),
+    ],
+)
+def test_an_attack_stands_beside_its_own_kind_or_beside_none(protocol, attack, kind):
+    assert published_attack(protocol, attack) == kind
+
+
+@pytest.mark.parametrize(
+    ("dataset", "task"),
+    [
+        ("Dataset002_Heart", ("Heart", 2, True)),
+        ("Dataset004_Hippocampus", ("Hippocampus", 4, True)),
+        ("Dataset002_Heart8cases", ("Heart", 2, False)),
+        ("Dataset005_ProstateT25cases", ("Prostate", 5, False)),
+        ("Dataset101_HeartMRI", None),
+        ("Dataset002_Spleen", None),
+        ("Dataset004_Heart", None),
+        ("Heart", None),
+    ],
+)
+def test_only_the_papers_tasks_have_published_figures(dataset, task):
+    assert paper_task(dataset) == task
+
+
+def published_of(*folders: Path) -> dict[str, Table]:
+    return {table.title.partition(":")[0]: table for table in published_tables(one_setting(*folders))}
+
+
+def test_our_noise_is_not_shown_beside_their_attack(tmp_path):
+    """B had no AutoAttack, so nothing is said of it there."""
+    dice = {"8/255": 0.7, "0.0625": 0.6}
+    how = {"norm": "linf", "protocol": "paper", "dataset": "Dataset004_Hippocampus"}
+    one = make_run(tmp_path / "a", attacked=dice, noise=dice, members={"apgd": dice}, title="A", **how)
+    two = make_run(tmp_path / "b", attacked=dice, noise=dice, title="B", seed=1, **how)
+    found = published_of(one, two)
+    assert set(found) == {f"Beside the published figures, {name}" for name in ("white noise", "AutoAttack")}
+    noise, auto = found["Beside the published figures, white noise"], found["Beside the published figures, AutoAttack"]
+    assert [(row[0].text, row[1].text) for row in noise.rows if row[2].text == "here"] == [("A", NOISE), ("B", NOISE)]
+    assert [(row[0].text, row[1].text) for row in auto.rows if row[2].text == "here"] == [("A", ENSEMBLE)]
+    assert noise.head[4:] == [f"Linf {level}" for level in ("8/255", "0.0625", "16/255", "32/255")]
+    assert auto.head[4:] == [f"Linf {level}" for level in ("2/255", "4/255", "8/255", "0.0625")]
+    (stock,) = (row for row in noise.rows if row[0].text == "STD")
+    assert [cell.text for cell in stock[4:]] == ["74.1", "–", "74.0", "73.5"]
+    (stock,) = (row for row in auto.rows if row[0].text == "STD")
+    assert [cell.text for cell in stock[4:]] == ["71.2", "68.7", "61.0", "–"]
+    assert "stands in" not in noise.note
+    assert "Table 3: white noise" in noise.note
+    assert "Table 3: AutoAttack" in auto.note
+
+
+def test_a_data_set_that_stands_in_for_the_papers_says_so_and_a_3d_network_why_it_has_no_figures(tmp_path):
+    how = {"further": {"pgd:steps=100": {"5.0": 0.5}}, "attacked": {"5.0": 0.6}}
+    (table,) = published_of(make_run(tmp_path / "a", dataset="Dataset002_Heart8cases", **how)).values()
+    assert "Dataset002_Heart8cases is not Dataset002_Heart of the paper but stands in for it." in table.note
+    # 5.0 and their 5 are one level.
+    assert table.head[4:] == ["L2 5", "L2 15", "L2 25"]
+    assert published_of(make_run(tmp_path / "b", dataset="Dataset101_HeartMRI", **how)) == {}
+    volume = make_run(tmp_path / "c", dataset="Dataset002_Heart", patch=(8, 8, 8), **how)
+    assert published_of(volume) == {}
+    assert "figures of Heart are of 2D networks" in robustness_table(one_setting(volume)).note
+    assert "2D networks" not in robustness_table(one_setting(tmp_path / "a")).note
 
 
 @pytest.mark.skipif(not PAPERS.is_dir(), reason="the papers' tables are not there (../shared/papers)")
@@ -450,6 +590,224 @@ def test_one_name_is_one_model(tmp_path, runs):
         write_report([runs[0], other], tmp_path / "out", ["stock", "stock"])
 
 
+def only(folder: Path, *attacks: str) -> Results:
+    """A run as if nothing but these attacks had been asked for."""
+    run = read_results(folder)
+    results = [item for item in run.attacked if item["attack"] in attacks]
+    return replace(run, title=run.summary["model"]["trainer"], summary={**run.summary, "results": results})
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[Path]:
+    """B is better than A under noise and attack, as clearly as can be."""
+    root = tmp_path_factory.mktemp("two")
+    return [make_run(root / t, attacked={"5": d}, noise={"5": d + 0.1}, title=t, seed=n)
+            for n, (t, d) in enumerate((("A", 0.3), ("B", 0.7)))]  # fmt: skip
+
+
+def test_under_noise_alone_nobody_is_called_more_robust(two):
+    """Least of all where one of the models was attacked and the other was not."""
+    (setting,) = settings_of([only(two[0], NOISE, ATTACK), only(two[1], NOISE)])
+    assert headline(setting) == (
+        f"The models share no attack but white noise, so no model is called more robust: A had {NOISE} and {ATTACK} at "
+        f"L2 5; B had {NOISE} at L2 5."
+    )
+    (noise,) = settings_of([only(folder, NOISE) for folder in two])
+    assert headline(noise).startswith("No attack was run, only white noise, so no model is called more robust: at L2 5")
+    for one in (setting, noise):
+        assert (evidence(one), price(one)) == ("", "")
+        assert "Clean against robust" not in [drawing.title for drawing in drawings_of(one, colours_of(one.runs))]
+        text = Text(_page(one.runs, [one], "")).text
+        assert "is more robust than" not in text
+        assert "plain noise of the same size" not in text
+        assert "white noise, which is no attacker" in text
+        assert "by noise alone no model is called more robust" in text
+    (alone,) = settings_of([only(two[0], NOISE)])
+    assert headline(alone).endswith("; no attack was run, so nothing is said of its robustness.")
+    (attacked,) = settings_of([only(folder, NOISE, ATTACK) for folder in two])
+    assert headline(attacked).startswith("B is more robust than A")
+
+
+def test_what_only_one_of_the_models_went_through_is_named(two, tmp_path):
+    more = make_run(tmp_path / "C", attacked={"5": 0.3, "8": 0.2}, further={"square": {"5": 0.4, "8": 0.3}}, title="C")
+    (setting,) = settings_of([only(two[1], ATTACK), only(more, ATTACK, "square")])
+    assert left_out(setting) == (
+        f"Not all models had these, so they are left out of every comparison: C: {ATTACK} at L2 8, square at L2 5 and "
+        f"8."
+    )
+    assert left_out(setting) in Text(_page(setting.runs, [setting], "")).text
+    assert left_out(one_setting(*two)) == left_out(one_setting(more)) == ""
+    other = make_run(tmp_path / "D", attacked={"3": 0.5}, title="D")
+    assert headline(one_setting(two[0], other)).endswith(
+        f"so nothing can be compared: A had {NOISE} and {ATTACK} at L2 5; D had {ATTACK} at L2 3."
+    )
+
+
+@pytest.mark.parametrize(("norm", "levels"), [("l2", ("5", "5.0")), ("linf", ("8/255", repr(8 / 255)))])
+def test_a_level_is_the_same_however_it_is_written(tmp_path, norm, levels):
+    made = [
+        make_run(tmp_path / title, attacked={level: dice}, noise={level: 0.85}, title=title, seed=number, norm=norm)
+        for number, (title, level, dice) in enumerate(zip("AB", levels, (0.3, 0.7), strict=True))
+    ]
+    setting = one_setting(*made)
+    assert [text for text, _ in setting.levels] == [levels[0]]
+    assert headline(setting).startswith("B is more robust than A")
+    assert left_out(setting) == ""
+    table = robustness_table(setting)
+    assert len(table.rows) == 4
+    assert all("–" not in cell.text for row in table.rows for cell in row)
+    page = Text(write_report(made, tmp_path / "out").read_text(encoding="utf-8")).text
+    assert "The same samples, model by model" in page
+
+
+def test_an_attack_is_the_same_whatever_the_order_of_its_settings_and_if_defaults_are_written_out():
+    assert same_attack("apgd:steps=20,loss=dlr", "apgd:loss=dlr,steps=20")
+    assert same_attack("pgd", "pgd:restarts=1")
+    assert same_attack("of-next-year:a=1", "of-next-year:a=1")
+    assert not same_attack("of-next-year:a=1", "of-next-year:a=2")
+    assert not same_attack("pgd:steps=20", "pgd:steps=40")
+    assert not same_attack("autoattack", "autoattack:mode=threshold")
+
+
+def test_all_pairs_of_models_are_compared_and_p_is_corrected_for_them(tmp_path):
+    made = [make_run(tmp_path / t, attacked={"5": d, "8": d - 0.1}, title=t, seed=n) for n, (t, d) in
+            enumerate((("A", 0.3), ("B", 0.7), ("C", 0.5), ("D", 0.505)))]  # fmt: skip
+    setting = one_setting(*made)
+    table = difference_table(setting)
+    assert table.head[:7] == ["model", "against", "level", "TVDI", "95 % interval", "p", "p (Holm)"]
+    for level in ("clean", "L2 5", "L2 8", "mean of the levels"):
+        mine = [row for row in table.rows if row[2].text == level]
+        assert [(row[0].text, row[1].text) for row in mine] == [
+            ("B", "A"), ("C", "A"), ("D", "A"), ("C", "B"), ("D", "B"), ("D", "C")
+        ]  # fmt: skip
+        assert [row[6].number for row in mine] == holm([row[5].number for row in mine])
+    assert "after Holm's correction for 6 pairs of models, those of the same level and figure" in table.note
+    (row,) = (row for row in table.rows if [cell.text for cell in row[:3]] == ["B", "A", "L2 5"])
+    assert row[3].number == pytest.approx(40, abs=4)
+    # The headline's claims stand on the corrected ones.
+    a, b, *_ = setting.runs
+    corrected = setting.corrected_mean_difference(b, a)
+    assert corrected.p == pytest.approx(6 * setting.mean_difference(b, a).p)
+    assert evidence(setting).endswith(
+        f"(p {corrected.p:.3f} after Holm's correction for 6 pairs of models). With 8 cases no p can be below 0.008 "
+        f"before that correction."
+    )
+    two = one_setting(*made[:2])
+    assert "p (Holm)" not in difference_table(two).head
+    assert "Holm" not in difference_table(two).note + evidence(two)
+
+
+def test_a_difference_that_the_correction_makes_uncertain_is_not_called_one(tmp_path):
+    """Of 8 cases p is 0.008 at the least: of five models, ten pairs, none is below 5 % any more."""
+    made = [make_run(tmp_path / str(n), attacked={"5": 0.3 + 0.1 * n}, title=f"M{n}", seed=n) for n in range(5)]
+    assert "is more robust than" in headline(one_setting(*made[3:]))
+    assert "No model is clearly more robust" in headline(one_setting(*made))
+
+
+def test_a_difference_is_the_same_from_both_sides(two):
+    setting = one_setting(*two)
+    a, b = setting.runs
+    for one, other in ((setting.difference(a, b, "5"), setting.difference(b, a, "5")),
+                       (setting.mean_difference(a, b), setting.mean_difference(b, a))):  # fmt: skip
+        value, low, high = one.interval
+        assert other == ((-value, -high, -low), one.p)
+        assert value < 0
+
+
+def test_the_spread_of_each_class_over_cases_is_shown_clean_beside_attacked(tmp_path):
+    """The second class is lost, the first is not: the mean of both would hide it."""
+    whole = make_run(tmp_path / "whole", attacked={"5": 0.4}, classes=("large", "small"))
+    samples = make_run(tmp_path / "samples", attacked={"5": 0.4}, whole_cases=False, classes=("large", "small"))
+    for folder, origin in ((whole, "nnU-Net's, of whole cases"), (samples, "of each case's attacked samples")):
+        setting = one_setting(folder)
+        run = setting.runs[0]
+        table = class_spread_table(setting)
+        assert origin in table.note
+        assert [[cell.text for cell in row[:4]] for row in table.rows] == [
+            [name, "nnUNetTrainerSTD", condition, "8"]
+            for name in ("large", "small")
+            for condition in ("clean", f"{ATTACK}, L2 5")
+        ]
+        for row, (number, key) in zip(
+            table.rows, [(n, k) for n in (0, 1) for k in (UNTOUCHED, (ATTACK, "5"))], strict=True
+        ):
+            if folder == whole:
+                dice = [scores["dice"][number] for scores in run.cases[key].values()]
+            else:
+                counts = run.samples[key].by_case()[1][:, number]
+                dice = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn in counts]
+            wanted = [np.quantile(dice, share) for share in (0, 0.25, 0.5, 0.75, 1)]
+            assert [cell.number for cell in row[4:]] == pytest.approx(wanted)
+        (drawing,) = (one for one in drawings_of(setting, colours_of([run])) if one.title == "By class")
+        for name in ("large", "small"):
+            for condition in ("clean", "attacked"):
+                assert f"nnUNetTrainerSTD, {name}, {condition}: median" in drawing.picture
+
+
+def test_many_classes_are_drawn_in_several_charts(tmp_path):
+    names = tuple(f"structure number {number}" for number in range(15))
+    setting = one_setting(make_run(tmp_path / "run", classes=names, cases=3, tiles=1))
+    drawn = [one for one in drawings_of(setting, colours_of(setting.runs)) if one.title.startswith("By class")]
+    assert len(drawn) == 2
+    for number, name in enumerate(names):
+        assert sum(f", {name}, clean: median" in one.picture for one in drawn) == 1
+        assert f", {name}, clean: median" in drawn[number // 12].picture
+
+
+def test_distances_of_a_case_stand_clean_beside_attacked(tmp_path):
+    setting = one_setting(make_run(tmp_path / "run", attacked={"5": 0.4}))
+    run = setting.runs[0]
+    table = case_table(setting)
+    assert table.head == [
+        "case", "model", "Dice clean", "Dice at L2 5", "HD95 clean", "HD95 at L2 5", "surface Dice clean",
+        "surface Dice at L2 5",
+    ]  # fmt: skip
+    row = next(row for row in table.rows if row[0].text == "case_002")
+    for place, key in enumerate((UNTOUCHED, (ATTACK, "5"))):
+        scores = run.cases[key]["case_002"]
+        assert row[4 + place].number == pytest.approx(np.mean(scores["hd95_mm"]))
+        assert row[6 + place].number == pytest.approx(np.mean(scores["surface_dice_1mm"]))
+    # A class that is gone has no distance: the mean of the rest is not that of all.
+    scores = {**run.cases[(ATTACK, "5")]["case_002"], "hd95_mm": [3.0, float("nan")]}
+    cases = {**run.cases, (ATTACK, "5"): {**run.cases[(ATTACK, "5")], "case_002": scores}}
+    (lost,) = settings_of([replace(run, cases=cases)])
+    row = next(row for row in case_table(lost).rows if row[0].text == "case_002")
+    assert (row[5].text, row[5].note, row[4].note) == ("3.0", "1 of 2 classes", "")
+
+
+# ---- how to repeat it
+
+
+def test_the_command_of_a_run_made_in_parts_makes_the_whole_of_it():
+    whole = "nnunet_ima evaluate -d 4 -c 2d -o 'my run' --levels 5 10"
+    for part in ("-num_parts 2 -part_id 1", "-part_id=1 -num_parts=2", "-part_id 0 -num_pa 3"):
+        shown = without_parts(f"{whole} {part}")
+        assert shown == whole
+        assert _parser().parse_args(shlex.split(f"{whole} {part}")[1:]).num_parts > 1
+        assert _parser().parse_args(shlex.split(shown)[1:]).num_parts == 1
+    assert without_parts(whole) == whole
+    assert without_parts("nnunet_ima evaluate -o it's") == "nnunet_ima evaluate -o it's"
+
+
+def test_everything_that_is_known_of_a_run_is_shown(tmp_path):
+    run = read_results(make_run(tmp_path / "run", attacked={"5": 0.5}, members={"apgd-ce": {"5": 0.5}}))
+    training = {"epsilon": 15.0, "delta_epsilon": 2.0, "steps": 20, "num_epochs": 50, "initial_lr": 0.01}
+    exported = {"trainer": "nnUNetTrainerIMA", "training": training}
+    command = "nnunet_ima evaluate -d 4 -num_parts 2 -part_id 0"
+    told = {"training": training, "exported_from": exported, "gpu": "A GPU", "threads": 3, "batch_size": 32,
+            "command": command}  # fmt: skip
+    run = replace(run, summary={**run.summary, **told})
+    page = Text(_page([run], settings_of([run]), "")).text
+    shown = settings_of_run(run)
+    assert {name: shown[name] for name in told if name != "command"} == {
+        k: v for k, v in told.items() if k != "command"
+    }
+    for name in ("training", "exported_from", "gpu", "threads", "batch_size", "levels", "versions"):
+        assert f'"{name}": ' in page
+    assert '"delta_epsilon": 2.0' in page
+    assert "nnunet_ima evaluate -d 4 # It was run in parts" in page
+
+
 # ---- tables for other programs
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=20)
@@ -467,8 +825,6 @@ tables_of = st.integers(1, 4).flatmap(
 def test_tables_keep_their_shape_whatever_stands_in_them(content):
     head, rows = content
     table = Table("title", head, rows)
-    read = list(csv.reader(io.StringIO(as_csv(table))))
-    assert read[0] == head or head == [""]
     lines = [line for line in as_markdown(table).split("\n") if line.startswith("| ")]
     assert len(lines) == 2 + len(rows)
     assert all(len(re.findall(r"(?<!\\)\|", line)) == len(head) + 1 for line in lines)
@@ -534,6 +890,13 @@ def test_models_of_one_trainer_are_told_apart(tmp_path):
     with pytest.raises(UserError, match="tell them apart with --names"):
         write_report(same, tmp_path / "out")
     assert write_report(same, tmp_path / "out", ["first", "second"]).is_file()
+
+
+def test_an_exported_model_is_named_by_what_trained_it_and_nothing_is_called_stock_that_may_not_be(tmp_path):
+    run = read_results(make_run(tmp_path / "run", title="nnUNetTrainer"))
+    assert _titles([run]) == ["nnUNetTrainer"]
+    exported = replace(run, summary={**run.summary, "exported_from": {"trainer": "nnUNetTrainerIMA_50epochs"}})
+    assert _titles([exported]) == ["IMA_50epochs exported"]
 
 
 def test_a_path_with_spaces_and_umlauts(runs, tmp_path):
@@ -662,6 +1025,16 @@ def test_many_models_with_long_names_fit_on_paper(browser, tmp_path):
     opened.emulate_media(media="print")
     for table in opened.locator("table").all():
         assert table.evaluate("table => table.scrollWidth") <= 718
+    opened.close()
+
+
+def test_a_long_name_does_not_make_a_telephones_page_wider(browser, tmp_path):
+    name = "nnUNetTrainerTRADES_of_a_study_with_long_names"
+    runs = [make_run(tmp_path / title, title=title, attacked={"5": dice}) for title, dice in (("A", 0.3), ("B", 0.7))]
+    page = write_report(runs, tmp_path / "out", ["A", name])
+    opened = browser.new_page(viewport={"width": 390, "height": 800})
+    opened.goto(page.as_uri())
+    assert opened.evaluate("document.documentElement.scrollWidth") == 390
     opened.close()
 
 

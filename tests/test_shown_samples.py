@@ -1,20 +1,24 @@
-"""Which samples are kept to be shown."""
+"""Which samples are kept to be shown, and the pictures of them."""
 
 from __future__ import annotations
 
 import random
 from itertools import chain
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Text
 
+from nnunet_ima.evaluation import pictures
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.merge import examples_of
 from nnunet_ima.evaluation.outcomes import (
     LOTS_KEPT,
     Condition,
+    Outcome,
     SampleKey,
     SampleScore,
     drawn_by_lot,
@@ -74,3 +78,28 @@ def test_examples_are_kept_of_what_lost_most_and_of_the_lots_however_they_come(t
 def example_of(score: SampleScore) -> Example:
     image, masks = np.zeros((4, 4), np.float32), np.zeros((1, 4, 4), bool)
     return Example(*score.sample, score.clean_dice, score.dice, image, image, masks, masks, masks)
+
+
+@pytest.mark.parametrize("name", ["a$b$c", r"$\frac$", "$", "a_b^c"])
+def test_names_stand_in_the_pictures_as_they_are(tmp_path, monkeypatch, name):
+    """A dollar sign begins no formula: that would be drawn as something else, or not at all."""
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, file: drawn.append((figure, file)))
+    level = parse_level("5", "l2")
+    score = score_of(name, 0, 100, 0.2)
+    outcome = Outcome(f"pgd {name}", level, [score], worst=[example_of(score)])
+    pictures.draw_worst(outcome, [name], tmp_path / "worst.png")
+    summary = {
+        "results": [{"attack": name, "level": "5", "epsilon": 5.0, "tvdi": 0.5}], "clean": {"tvdi": 0.9},
+        "criterion": {"dice_threshold": 0.6}, "protocol": {"unit": name, "name": "sound"},
+        "model": {"trainer": name, "dataset": name, "configuration": "2d"},
+    }  # fmt: skip
+    pictures.draw_dice_against_level(summary, tmp_path / "level.png")
+    assert len(drawn) == 2
+    for figure, file in drawn:
+        texts = [text for text in figure.findobj(Text) if name in text.get_text()]
+        assert texts
+        assert not any(text.get_parse_math() for text in texts)
+        figure.savefig(file)
+        plt.close(figure)
+        assert file.stat().st_size > 1000

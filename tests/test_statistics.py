@@ -9,6 +9,7 @@ from nnunet_ima.evaluation.metrics import adi, class_scores, tvdi
 from nnunet_ima.evaluation.statistics import (
     adi_difference,
     dice_sums,
+    holm,
     smallest_p,
     tvdi_difference,
     tvdi_interval,
@@ -179,3 +180,31 @@ def test_no_p_is_below_the_smallest_and_a_clear_difference_reaches_it(cases):
     """All cases differ in the same direction: only the swaps of none and of all are as extreme."""
     worse, better = some_cases(7, cases, 0.3, spread=0.01), some_cases(7, cases, 0.8, spread=0.01)
     assert tvdi_difference(better, worse).p == pytest.approx(smallest_p(cases)) == 2 / 2**cases
+
+
+def test_holm_is_what_the_definition_says_of_an_example():
+    """Holm 1979: .01, .02, .03, .04 are multiplied by 4, 3, 2, 1, and never fall below one before."""
+    assert holm([0.01, 0.04, 0.03, 0.02]) == pytest.approx([0.04, 0.06, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_rejects_what_the_step_down_test_rejects(p_values):
+    """Step down: the k-th smallest of n is rejected while it is at most 5 % / (n - k + 1)."""
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    rejected = set()
+    for rank, place in enumerate(order):
+        if (len(p_values) - rank) * p_values[place] > 0.05:
+            break
+        rejected.add(place)
+    corrected = holm(p_values)
+    assert {place for place, p in enumerate(corrected) if p <= 0.05} == rejected
+    assert all(own <= p <= 1 for own, p in zip(p_values, corrected, strict=True))
+
+
+def test_what_is_no_test_does_not_count():
+    found = holm([0.01, float("nan"), 0.04])
+    assert np.isnan(found[1])
+    assert [found[0], found[2]] == pytest.approx([0.02, 0.04])

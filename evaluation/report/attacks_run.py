@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from nnunet_ima.attacks import ATTACKS
+from nnunet_ima.attacks import ATTACKS, Attack
+from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.results import Results
+from nnunet_ima.threat import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,20 @@ def attacks_of(runs: Sequence[Results]) -> list[AttackRun]:
     for item in (item for run in runs for item in run.attacked):
         members.setdefault(str(item["attack"]), {}).update(dict.fromkeys(item.get("by_attack", {})))
     return [AttackRun(text, _about(text, list(names))) for text, names in members.items()]
+
+
+def same_attack(one: str, other: str) -> bool:
+    """Whether two texts ask for the same: settings in another order, or written out where they are the defaults."""
+    return one == other or (made_attack(one) is not None and made_attack(one) == made_attack(other))
+
+
+@cache
+def made_attack(text: str) -> Attack | None:
+    """The attack that a text asks for, with a threat model that is no matter; None if this version has no such."""
+    try:
+        return parse_attack(text).make(ThreatModel("l2", 0.0))
+    except UserError:
+        return None
 
 
 def _about(text: str, members: Sequence[str]) -> str:

@@ -9,10 +9,14 @@ from math import isfinite
 import numpy as np
 from markupsafe import Markup
 
+from nnunet_ima.evaluation.metrics import Array
 from nnunet_ima.evaluation.report.charts import Axis, Point, Series, axis_around, chart, percent_axis
 from nnunet_ima.evaluation.report.figures import NOISE, Setting
 from nnunet_ima.evaluation.report.sentences import percent
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
+
+# More box plots side by side could not be told apart.
+MOST_BOXES = 24
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ def drawings_of(setting: Setting, colours: Mapping[str, str]) -> list[Drawing]:
         _dice_against_level(setting, colours),
         _clean_against_robust(setting, colours),
         _cases(setting, colours),
+        *_classes(setting, colours),
         _sizes(setting, colours),
         _margins(setting, colours),
     ]
@@ -40,7 +45,7 @@ def _dice_against_level(setting: Setting, colours: Mapping[str, str]) -> Drawing
     if setting.telling_level is None:
         return None
     ticks = {0.0: "0", **{value: text for text, value in setting.levels}}
-    noise = next((attack for attack in setting.attacks if attack.startswith(NOISE)), None)
+    noise = None if setting.noise_only else next((one for one in setting.attacks if one.startswith(NOISE)), None)
     series = []
     for run in setting.runs:
         colour = colours[run.title]
@@ -49,20 +54,22 @@ def _dice_against_level(setting: Setting, colours: Mapping[str, str]) -> Drawing
         series.append(Series(run.title, colour, attacked))
         if noise is not None:
             points = [_point(setting, run, 0.0, setting.start)]
-            points += [_point(setting, run, value, (noise, text)) for text, value in setting.levels]
+            points += [_point(setting, run, value, setting.key(run, noise, text)) for text, value in setting.levels]
             plain = [Point(point.x, point.y, title=point.title) for point in points]
             series.append(Series(f"{run.title}, noise only", colour, plain, dashed=True, opacity=0.6))
     x = Axis(f"level: {setting.norm_name}, {setting.unit}", 0.0, 1.03 * max(ticks), ticks)
     return Drawing(
         "Dice against level",
         chart(f"Dice against level: {setting.name}", x, percent_axis("Dice (TVDI, %)"), series),
-        "Solid: of each level the attack that is worst for the model; the band is the 95 % interval. Dashed: plain "
-        f"noise of the same size. A model that holds stays high on the solid line. At 0: {setting.start_name}.",
+        f"Solid: of each level {setting.worst_words}; the band is the 95 % interval. "
+        + ("Dashed: plain noise of the same size. " if noise is not None else "")
+        + ("" if setting.noise_only else "A model that holds stays high on the solid line. ")
+        + f"At 0: {setting.start_name}.",
     )
 
 
 def _clean_against_robust(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
-    if setting.telling_level is None or len(setting.runs) < 2:
+    if setting.telling_level is None or setting.noise_only or len(setting.runs) < 2:
         return None
     series = []
     for run in setting.runs:
@@ -91,7 +98,7 @@ def _cases(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
     series, ticks = [], {}
     # The legend names the models: their names would run into each other under the axis.
     attacked = f"{setting.norm_name} {level}" if len(setting.runs) < 5 else level
-    whole = all(run.cases.get(key) for run in setting.runs for key in (UNTOUCHED, setting.worst(run, level)))
+    whole = setting.whole_cases(level)
     spread = np.random.default_rng(0)
     for number, run in enumerate(setting.runs):
         for shift, where, name in ((0.25, UNTOUCHED, "clean"), (0.75, setting.worst(run, level), attacked)):
@@ -111,8 +118,64 @@ def _cases(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
         chart(f"Dice of each case: {setting.name}", Axis("", 0.0, float(len(setting.runs)), ticks),
               percent_axis("Dice of a case (%)" if whole else "Dice of a case's samples (%)"), series),
         f"A dot is a case ({_kind_of_dice(whole)}), the line their median; clean, and at {setting.norm_name} {level} "
-        f"under the attack that is worst for the model.",
+        f"under {setting.worst_words}.",
     )  # fmt: skip
+
+
+def _classes(setting: Setting, colours: Mapping[str, str]) -> list[Drawing]:
+    """How the Dice of each class is spread over the cases; as many classes in a chart as can be told apart."""
+    level = setting.telling_level
+    if level is None:
+        return []
+    names = [str(name) for name in setting.runs[0].summary["classes"]]
+    each = max(1, MOST_BOXES // (2 * len(setting.runs)))
+    numbers = list(range(len(names)))
+    parts = [numbers[start : start + each] for start in range(0, len(numbers), each)]
+    return [_boxes(setting, colours, level, {number: names[number] for number in part}) for part in parts]
+
+
+def _boxes(setting: Setting, colours: Mapping[str, str], level: str, classes: Mapping[int, str]) -> Drawing:
+    """Box plots of these classes (their numbers and names); one a model and condition."""
+    whole, series = setting.whole_cases(level), []
+    width = 0.8 / (2 * len(setting.runs))
+    for place, (number, name) in enumerate(classes.items()):
+        for model, run in enumerate(setting.runs):
+            for shift, key, condition in ((0, UNTOUCHED, "clean"), (1, setting.worst(run, level), "attacked")):
+                middle = place + 0.1 + (2 * model + shift + 0.5) * width
+                dice = setting.class_dice(run, key, whole)[:, number]
+                title = f"{run.title}, {name}, {condition}"
+                series += _box(middle, 0.38 * width, 100 * dice[~np.isnan(dice)], colours[run.title], title, shift == 0)
+    # For the legend: what has no points is not drawn.
+    series += [Series(run.title, colours[run.title], []) for run in setting.runs]
+    shown = ", ".join(classes.values()) if len(classes) < len(setting.runs[0].summary["classes"]) else ""
+    title = "By class" + (f": {shown}" if shown else "")
+    ticks = {place + 0.5: _shortened(name, len(classes)) for place, name in enumerate(classes.values())}
+    return Drawing(
+        title,
+        chart(f"Dice of each class, case by case{', ' + shown if shown else ''}: {setting.name}",
+              Axis("", 0.0, float(len(classes)), ticks),
+              percent_axis("Dice of a class in a case (%)" if whole else "Dice in a case's samples (%)"), series),
+        f"A box holds the middle half of the cases, the line in it is their median, and the whiskers end at the lowest "
+        f"and highest case ({_kind_of_dice(whole)}). Of each pair of boxes the left one, dashed, is clean, the right "
+        f"one at {setting.norm_name} {level} under {setting.worst_words}.",
+    )  # fmt: skip
+
+
+def _box(x: float, half: float, values: Array, colour: str, title: str, dashed: bool) -> list[Series]:
+    """Box and whiskers at ``x``; nothing without values."""
+    if not len(values):
+        return []
+    low, lower, median, upper, high = (float(value) for value in np.quantile(values, (0, 0.25, 0.5, 0.75, 1)))
+    text = f"{title}: median {median:.1f}, quartiles {lower:.1f} and {upper:.1f}, {low:.1f} to {high:.1f}"
+    corners = ((x - half, lower), (x + half, lower), (x + half, upper), (x - half, upper), (x - half, lower))
+    lines = (corners, ((x - half, median), (x + half, median)), ((x, low), (x, lower)), ((x, upper), (x, high)))
+    return [Series("", colour, [Point(*end) for end in line], dashed=dashed, title=text) for line in lines]
+
+
+def _shortened(name: str, classes: int) -> str:
+    """A name that does not run into the next one."""
+    longest = max(4, 80 // classes)
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
 def _kind_of_dice(whole: bool) -> str:
@@ -138,8 +201,8 @@ def _sizes(setting: Setting, colours: Mapping[str, str]) -> Drawing | None:
         "Size of the structure",
         chart(f"Size against robustness: {setting.name}",
               axis_around("foreground of the sample (voxels)", sizes, logarithmic=True),
-              percent_axis("Dice of a sample under attack (%)"), series),
-        f"A dot is a sample at {setting.norm_name} {level} under the attack that is worst for the model. Where dots "
+              percent_axis(f"Dice of a sample under {'noise' if setting.noise_only else 'attack'} (%)"), series),
+        f"A dot is a sample at {setting.norm_name} {level} under {setting.worst_words}. Where dots "
         f"fall to the left, small structures are the fragile ones.",
     )  # fmt: skip
 

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import combinations
 
 import numpy as np
 
-from nnunet_ima.evaluation.metrics import nan_mean
+from nnunet_ima.evaluation.metrics import Array, class_scores, nan_mean
+from nnunet_ima.evaluation.report.attacks_run import same_attack
 from nnunet_ima.evaluation.report.charts import COLOURS
 from nnunet_ima.evaluation.results import CLAMPED, UNTOUCHED, Key, Results
 from nnunet_ima.evaluation.statistics import (
@@ -18,6 +20,7 @@ from nnunet_ima.evaluation.statistics import (
     Interval,
     adi_difference,
     dice_sums,
+    holm,
     smallest_p,
     tvdi_difference,
     tvdi_interval,
@@ -91,18 +94,37 @@ class Setting:
 
     @cached_property
     def levels(self) -> list[tuple[str, float]]:
-        """As text and value, ascending; those of every model."""
-        found = {str(item["level"]): float(item["epsilon"]) for item in self.runs[0].attacked}
-        return sorted(
-            ((text, value) for text, value in found.items() if all(text in _levels(run) for run in self.runs)),
-            key=lambda level: level[1],
-        )
+        """As text and value, ascending; those of every model, compared as numbers and written as the first run has."""
+        shared = set.intersection(*(set(_levels(run)) for run in self.runs))
+        return sorted(((text, value) for value, text in _levels(self.runs[0]).items() if value in shared),
+                      key=lambda level: level[1])  # fmt: skip
 
     @cached_property
     def attacks(self) -> list[str]:
-        """That were run on every model at all of these levels."""
+        """That were run on every model at all of these levels, as the first run has them."""
         first = dict.fromkeys(str(item["attack"]) for item in self.runs[0].attacked)
         return [attack for attack in first if self.levels and all(self._has(run, attack) for run in self.runs)]
+
+    @property
+    def noise_only(self) -> bool:
+        """Whether plain noise is all that the models have in common, which says nothing of an attacker."""
+        return bool(self.attacks) and all(attack.startswith(NOISE) for attack in self.attacks)
+
+    @property
+    def worst_words(self) -> str:
+        """Under what :meth:`worst` is, for the notes of charts and tables."""
+        return "white noise, which is no attacker" if self.noise_only else "the attack that is worst for the model"
+
+    def key(self, run: Results, attack: str, level: str) -> Key:
+        """The condition of a run that is this attack at this level, as that run writes them.
+
+        Raises:
+            KeyError: the run has none.
+        """
+        found = self._find(run, attack, level)
+        if found is None:
+            raise KeyError(f"{run.folder} has no {attack} at {level}")
+        return found
 
     @cached_property
     def comparable(self) -> bool:
@@ -118,7 +140,7 @@ class Setting:
 
     def worst(self, run: Results, level: str) -> Key:
         """The condition at a level under which a run has the lowest TVDI, of the attacks that all models had."""
-        return min(((attack, level) for attack in self.searches), key=lambda key: tvdi(run, key))
+        return min((self.key(run, attack, level) for attack in self.searches), key=lambda key: tvdi(run, key))
 
     @property
     def searches(self) -> list[str]:
@@ -169,7 +191,13 @@ class Setting:
         table = self.runs[0].samples[UNTOUCHED]
         cases = len(units(table.cases, table.counts)[1])
         least = smallest_p(cases)
-        return f" With {cases} cases no p can be below {least:.3f}." if least > 0.001 else ""
+        before = " before that correction" if len(self.pairs) > 1 else ""
+        return f" With {cases} cases no p can be below {least:.3f}{before}." if least > 0.001 else ""
+
+    @property
+    def correction(self) -> str:
+        """How p is corrected for the number of models; empty for two, where there is but one pair."""
+        return f"Holm's correction for {len(self.pairs)} pairs of models" if len(self.pairs) > 1 else ""
 
     @cached_property
     def choice_note(self) -> str:
@@ -186,6 +214,11 @@ class Setting:
         """Of a run's TVDI."""
         return tvdi_interval(units(run.samples[key].cases, run.samples[key].counts)[1])
 
+    @property
+    def pairs(self) -> list[tuple[Results, Results]]:
+        """All pairs of models, each once: the one that was given later, and the other."""
+        return [(later, first) for first, later in combinations(self.runs, 2)]
+
     def difference(self, run: Results, other: Results, level: str | None) -> Difference | None:
         """A run's TVDI minus another's, each under its own worst attack of a level, or without attack.
 
@@ -198,6 +231,8 @@ class Setting:
     def _difference(self, run: Results, key: Key, other: Results, their_key: Key) -> Difference | None:
         if not self.comparable:
             return None
+        if self.runs.index(run) < self.runs.index(other):  # resampled once a pair
+            return _opposite(self._difference(other, their_key, run, key))
         one, two = run.samples[key], other.samples[their_key]
         return tvdi_difference(units(one.cases, one.counts)[1], units(two.cases, two.counts)[1])
 
@@ -214,6 +249,8 @@ class Setting:
         """Of the mean TVDI over the attacked levels: one question, however many levels there are."""
         if not self.comparable or not self.attacks:
             return None
+        if self.runs.index(run) < self.runs.index(other):
+            return _opposite(self.mean_difference(other, run))
         one, two = (
             np.stack([units(table.cases, table.counts)[1] for table in tables])
             for tables in (
@@ -222,12 +259,43 @@ class Setting:
         )
         return tvdi_difference(one, two)
 
+    def corrected_mean_difference(self, run: Results, other: Results) -> Difference | None:
+        """The same, with p corrected for the number of pairs of models that are compared (Holm)."""
+        found = self.mean_difference(run, other)
+        if found is None:
+            return None
+        whole = [self.mean_difference(*pair) for pair in self.pairs]
+        corrected = holm([float("nan") if one is None else one.p for one in whole])
+        pair = next(number for number, pair in enumerate(self.pairs) if set(pair) == {run, other})
+        return found._replace(p=corrected[pair])
+
+    def whole_cases(self, level: str) -> bool:
+        """Whether all runs have nnU-Net's scores of whole cases, clean and at a level: one kind of Dice for all."""
+        return all(run.cases.get(key) for run in self.runs for key in (UNTOUCHED, self.worst(run, level)))
+
+    def class_dice(self, run: Results, key: Key, whole: bool) -> Array:
+        """Dice of each case and class (cases, F), NaN where a class neither is nor was found.
+
+        Args:
+            whole: nnU-Net's, of the whole case; else that of the case's samples as TVDI pools them.
+        """
+        if whole:
+            return np.array([scores["dice"] for scores in run.cases[key].values()], float)
+        counts = run.samples[key].by_case()[1]
+        return class_scores(counts[..., 0], counts[..., 1], counts[..., 2])
+
     def mean_over_levels(self, run: Results, attack: str) -> float:
         """Mean TVDI over clean and all levels: Table 3's Avg."""
-        return nan_mean([tvdi(run, UNTOUCHED), *(tvdi(run, (attack, level)) for level, _ in self.levels)])
+        attacked = [tvdi(run, self.key(run, attack, level)) for level, _ in self.levels]
+        return nan_mean([tvdi(run, UNTOUCHED), *attacked])
 
     def _has(self, run: Results, attack: str) -> bool:
-        return all(run.figures((attack, level)) is not None for level, _ in self.levels)
+        return all(self._find(run, attack, level) is not None for level, _ in self.levels)
+
+    def _find(self, run: Results, attack: str, level: str) -> Key | None:
+        value = next(value for text, value in self.levels if text == level)
+        here = ((str(item["attack"]), str(item["level"])) for item in run.attacked if float(item["epsilon"]) == value)
+        return next((key for key in here if same_attack(key[0], attack)), None)
 
 
 def settings_of(runs: Sequence[Results]) -> list[Setting]:
@@ -248,6 +316,10 @@ def settings_of(runs: Sequence[Results]) -> list[Setting]:
     return made
 
 
+def _opposite(difference: Difference | None) -> Difference | None:
+    return None if difference is None else difference.opposite
+
+
 def colours_of(runs: Sequence[Results]) -> dict[str, str]:
     """A colour for each title."""
     titles = list(dict.fromkeys(run.title for run in runs))
@@ -260,5 +332,9 @@ def tvdi(run: Results, key: Key) -> float:
     return float("nan") if figures is None or figures["tvdi"] is None else float(figures["tvdi"])
 
 
-def _levels(run: Results) -> set[str]:
-    return {str(item["level"]) for item in run.attacked}
+def _levels(run: Results) -> dict[float, str]:
+    """By value, the text that comes first."""
+    found: dict[float, str] = {}
+    for item in run.attacked:
+        found.setdefault(float(item["epsilon"]), str(item["level"]))
+    return found

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
+
+from nnunet_ima.attacks import PGD
+from nnunet_ima.evaluation.report.attacks_run import made_attack
 
 TABLE3 = {
     "AutoAttack": "IMA, final version (arXiv 2005.09147 v10), Table 3: AutoAttack, images clamped to [0, 1]",
     "WhiteNoise": "IMA, final version (arXiv 2005.09147 v10), Table 3: white noise, images clamped to [0, 1]",
 }
+TASKS = {2: "Heart", 4: "Hippocampus", 5: "Prostate"}
+PGD_STEPS = 100
 PGD100 = "IMA, earlier version, Tables 5 to 10: PGD with 100 steps, L2, images not clamped"
 
 
@@ -32,11 +39,72 @@ class Published:
     levels: dict[str, float | None]
 
 
-def published_for(summary: Mapping[str, Any]) -> list[Published]:
-    """The rows that belong to a run's dataset, norm and protocol; none for other datasets."""
-    dataset = str(summary["model"]["dataset"]).partition("_")[2]
-    attack = "AutoAttack" if summary["protocol"]["name"] == "paper" else "PGD"
-    return published_rows(dataset, attack, summary["protocol"]["norm"])
+class PaperTask(NamedTuple):
+    """One of the paper's three tasks of the Decathlon, and whether a data set is that task or only stands in for it."""
+
+    name: str
+    number: int
+    exact: bool
+
+    @property
+    def dataset(self) -> str:
+        """nnU-Net's name of the task itself."""
+        return f"Dataset{self.number:03d}_{self.name}"
+
+
+def paper_task(dataset: str) -> PaperTask | None:
+    """The paper's task that a data set is, or stands in for; None for any other.
+
+    Only data sets of the task's own number count, which nnU-Net reserves for the Decathlon: ``Dataset002_Heart`` is
+    the paper's, ``Dataset002_Heart8cases``, as ``nnunet_ima decathlon`` names another folder of that task, stands in
+    for it, and ``Dataset101_HeartMRI`` is something else.
+    """
+    found = re.fullmatch(r"Dataset(\d+)_(.+)", dataset)
+    if found is None:
+        return None
+    number, name = int(found[1]), found[2]
+    task = TASKS.get(number)
+    return PaperTask(task, number, name == task) if task is not None and name.startswith(task) else None
+
+
+def published_attack(protocol: str, attack: str) -> str | None:
+    """The published attack that one of ours may stand beside; None if there is none.
+
+    Noise beside noise, the ensemble beside AutoAttack, 100 steps of PGD beside 100 steps of PGD. An ensemble that
+    leaves a sample once its Dice is under the threshold (``mode=threshold``) does not look for the lowest Dice, which
+    Table 3's does.
+
+    Args:
+        protocol: ``paper`` goes with Table 3, ``sound`` with the earlier version's tables.
+        attack: as ``nnunet_ima evaluate`` takes it.
+    """
+    made = made_attack(attack)
+    if made is None or made.mode != "dice":
+        return None
+    if protocol == "paper":
+        return {"autoattack": "AutoAttack", "white-noise": "WhiteNoise"}.get(made.name)
+    return "PGD" if isinstance(made, PGD) and made.steps == PGD_STEPS else None
+
+
+def published_for(summary: Mapping[str, Any], attack: str) -> list[Published]:
+    """The rows that belong to a run's dataset, network, norm and protocol.
+
+    Args:
+        summary: of a run.
+        attack: ``AutoAttack``, ``WhiteNoise`` or ``PGD``; see :func:`published_attack`.
+
+    Returns:
+        Nothing for other data sets than the paper's, and for 3D networks: the paper's are 2D.
+    """
+    task = paper_task(str(summary["model"]["dataset"]))
+    if task is None or len(summary["patch_size"]) != 2:
+        return []
+    return published_rows(task.name, attack, summary["protocol"]["norm"])
+
+
+def level_value(text: str) -> float:
+    """A published level as a number, as :func:`~nnunet_ima.evaluation.protocols.parse_level` reads one."""
+    return float(Fraction(text))
 
 
 def published_rows(dataset: str, attack: str, norm: str) -> list[Published]:

@@ -18,18 +18,20 @@ from nnunet_ima.evaluation.report import sentences
 from nnunet_ima.evaluation.report.attacks_run import attacks_of
 from nnunet_ima.evaluation.report.drawings import drawings_of
 from nnunet_ima.evaluation.report.figures import Setting, colours_of, settings_of
+from nnunet_ima.evaluation.report.long_csv import as_csv
 from nnunet_ima.evaluation.report.pictures import both_sides, perturbation
+from nnunet_ima.evaluation.report.repeat import command_of_run, settings_of_run
 from nnunet_ima.evaluation.report.tables import (
     Table,
-    as_csv,
     as_latex,
     as_markdown,
     case_table,
+    class_spread_table,
     class_table,
     difference_table,
     end_to_end_table,
     further_table,
-    published_table,
+    published_tables,
     robustness_table,
 )
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results, read_results
@@ -62,7 +64,7 @@ def write_report(folders: Sequence[Path], output: Path, names: Sequence[str] | N
     tables = [table for setting in settings for table in _tables(setting)]
     page = _page(runs, settings, note)
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "tables.csv", "\n".join(f"{table.title}\n{as_csv(table)}" for table in tables))
+    write_text(output / "tables.csv", as_csv(settings))
     write_text(output / "tables.md", "\n".join(as_markdown(table) for table in tables))
     write_text(output / "tables.tex", "\n".join(as_latex(table) for table in tables))
     write_text(output / "report.html", page)
@@ -84,14 +86,25 @@ def _read(folders: Sequence[Path], names: Sequence[str] | None) -> list[Results]
 def _titles(runs: Sequence[Results]) -> list[str]:
     """As short as tells the models apart."""
     models = [run.summary["model"] for run in runs]
-    short = [str(model["trainer"]).removeprefix("nnUNetTrainer") or "stock" for model in models]
-    ways = [short]
+    ways = [[_trained_by(run) for run in runs]]
     for more in (("configuration",), ("plans", "fold"), ("dataset", "checkpoint")):
         ways.append([" ".join([title, *(str(model[key]) for key in more)])
                      for title, model in zip(ways[-1], models, strict=True)])  # fmt: skip
     different = {model["sha256"] for model in models}
     told = (titles for titles in ways if len(set(titles)) >= len(different))
     return next(told, ways[-1])
+
+
+def _trained_by(run: Results) -> str:
+    """The trainer, in short; of an exported model the one that it had before.
+
+    A checkpoint of nnU-Net's own trainer may be stock or exported. Where nothing was noted, its name is that of the
+    trainer, as in the model folder's name, which claims nothing.
+    """
+    exported = run.summary.get("exported_from")
+    trainer = str(exported["trainer"] if exported else run.summary["model"]["trainer"])
+    short = trainer.removeprefix("nnUNetTrainer") or trainer
+    return f"{short} exported" if exported else short
 
 
 def _refuse_twice(setting: Setting) -> None:
@@ -108,8 +121,9 @@ def _tables(setting: Setting) -> list[Table]:
     made = [
         robustness_table(setting),
         difference_table(setting),
-        published_table(setting),
+        *published_tables(setting),
         class_table(setting),
+        class_spread_table(setting),
         further_table(setting),
         end_to_end_table(setting),
         case_table(setting),
@@ -130,6 +144,7 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
             "headline": sentences.headline(setting),
             "evidence": sentences.evidence(setting),
             "price": sentences.price(setting),
+            "left_out": sentences.left_out(setting),
             "models": [
                 {"title": run.title, "colour": colours[run.title], "sentence": sentences.about(setting, run)}
                 for run in setting.runs
@@ -148,10 +163,11 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
         attacks=attacks_of(runs),
         protocols={setting.protocol for setting in settings},
         whole_cases=any(run.cases.get(UNTOUCHED) for run in runs),
+        corrected=any(setting.correction for setting in settings),
         few=any(setting.few_cases for setting in settings),
         end_to_end=any("end_to_end" in run.summary for run in runs),
-        details=[{"title": run.title, "name": setting.name, "command": run.summary["command"],
-                  "text": json.dumps(_settings(run.summary), indent=2)}
+        details=[{"title": run.title, "name": setting.name, "command": command_of_run(run),
+                  "text": json.dumps(settings_of_run(run), indent=2)}
                  for setting in settings for run in setting.runs],
         threshold=100 * float(runs[0].summary["criterion"]["dice_threshold"]),
         note=note,
@@ -175,15 +191,6 @@ def _checks(setting: Setting, run: Results) -> dict[str, Any]:
         "items_made": len(found),
         "items_failed": sum(not item["passed"] for item in found),
     }
-
-
-def _settings(summary: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        "model", "protocol", "criterion", "classes", "seed", "max_samples", "samples_seed", "device", "date",
-        "versions",
-    )  # fmt: skip
-    # Older runs have no date, and no seed of their own for the choice of samples.
-    return {name: summary[name] for name in names if name in summary}
 
 
 def _drawn(setting: Setting) -> list[list[dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -26,9 +26,10 @@ class Order(Enum):
 def compare(setting: Setting, run: Results, other: Results) -> Order:
     """Is ``run``, of the higher mean over levels, more robust than ``other``?
 
-    That is asked once, of the mean; no single level may clearly say the opposite.
+    That is asked once, of the mean; no single level may clearly say the opposite. With more than two models p is
+    corrected for the number of pairs.
     """
-    mean = setting.mean_difference(run, other)
+    mean = setting.corrected_mean_difference(run, other)
     if mean is None:
         return Order.UNPAIRED
     levels = [setting.difference(run, other, text) for text, _ in setting.levels]
@@ -41,15 +42,13 @@ def headline(setting: Setting) -> str:
     """The one sentence to remember of a setting."""
     level = setting.telling_level
     if level is None:
-        return "No attack was run on all models at the same levels, so nothing can be compared."
+        went = "; ".join(f"{run.title} had {_conditions(setting, run.attacked)}" for run in setting.runs)
+        return f"No attack was run on all models at the same levels, so nothing can be compared: {went}."
     best, *others = setting.ranked
     if not others:
-        key = setting.worst(best, level)
-        return (
-            f"At {setting.norm_name} {level}, {key[0]} takes {best.title} from "
-            f"{percent(setting.interval(best, setting.start))} Dice on {setting.start_name} to "
-            f"{percent(setting.interval(best, key))}."
-        )
+        return _alone(setting, best, level)
+    if setting.noise_only:
+        return _noise_only(setting, level)
     orders = {other.title: compare(setting, best, other) for other in others}
     beaten = [other for other in others if orders[other.title] is Order.BETTER]
     if not beaten:
@@ -71,13 +70,27 @@ def headline(setting: Setting) -> str:
     return sentence + (f" Against {_and(rest)} the order is not clear." if rest else "")
 
 
+def left_out(setting: Setting) -> str:
+    """What only some of the models went through, so that nothing is made of it; empty if all went through the same."""
+    if len(setting.runs) < 2:
+        return ""
+    shared = [(attack, text) for attack in setting.attacks for text, _ in setting.levels]
+    parts = []
+    for run in setting.runs:
+        compared = {setting.key(run, *condition) for condition in shared}
+        rest = [item for item in run.attacked if (str(item["attack"]), str(item["level"])) not in compared]
+        if rest:
+            parts.append(f"{run.title}: {_conditions(setting, rest)}")
+    return f"Not all models had these, so they are left out of every comparison: {'; '.join(parts)}." if parts else ""
+
+
 def evidence(setting: Setting) -> str:
     """How sure the headline is: the one question that was asked, of the mean over levels; empty if it names none."""
-    if setting.telling_level is None or len(setting.runs) == 1:
+    if setting.telling_level is None or setting.noise_only or len(setting.runs) == 1:
         return ""
     best, *others = setting.ranked
     other = next((one for one in others if compare(setting, best, one) is Order.BETTER), others[0])
-    mean = setting.mean_difference(best, other)
+    mean = setting.corrected_mean_difference(best, other)
     if mean is None or not mean.interval.known:
         return ""
     levels = f"{setting.norm_name} {_and(text for text, _ in setting.levels)}"
@@ -85,12 +98,13 @@ def evidence(setting: Setting) -> str:
     sentence = f"{over}, {best.title} holds {points(mean)} more than {other.title}"
     if setting.few_cases:
         return f"{sentence}; there are too few cases to say whether that would be so on others."
-    return f"{sentence} (p {probability(mean.p)}).{setting.p_note}"
+    after = f" after {setting.correction}" if setting.correction else ""
+    return f"{sentence} (p {probability(mean.p)}{after}).{setting.p_note}"
 
 
 def price(setting: Setting) -> str:
     """What the more robust model costs on clean scans; empty if none is."""
-    if setting.telling_level is None or len(setting.runs) == 1:
+    if setting.telling_level is None or setting.noise_only or len(setting.runs) == 1:
         return ""
     best, *others = setting.ranked
     beaten = [other for other in others if compare(setting, best, other) is Order.BETTER]
@@ -128,8 +142,9 @@ def about(setting: Setting, run: Results) -> str:
         f"({100 * started['robust_share']:.1f} % on {setting.start_name})"
     )
     noise = next((attack for attack in setting.attacks if attack.startswith(NOISE)), None)
-    if noise is not None:
-        sentence += f"; plain noise of the same size leaves {100 * tvdi(run, (noise, level)):.1f} %"
+    if noise is not None and not setting.noise_only:
+        left = tvdi(run, setting.key(run, noise, level))
+        sentence += f"; plain noise of the same size leaves {100 * left:.1f} %"
     return sentence + "." + _end_to_end(figures)
 
 
@@ -161,6 +176,43 @@ def points(difference: Difference) -> str:
 def probability(p: float) -> str:
     """``0.031`` or ``< 0.001``; – where there was too little to tell."""
     return "–" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _alone(setting: Setting, run: Results, level: str) -> str:
+    """What became of a single model."""
+    key = setting.worst(run, level)
+    sentence = (
+        f"At {setting.norm_name} {level}, {key[0]} takes {run.title} from "
+        f"{percent(setting.interval(run, setting.start))} Dice on {setting.start_name} to "
+        f"{percent(setting.interval(run, key))}"
+    )
+    return sentence + ("; no attack was run, so nothing is said of its robustness." if setting.noise_only else ".")
+
+
+def _noise_only(setting: Setting, level: str) -> str:
+    """Noise is no attacker: how models fare under it does not say which of them withstands one."""
+    if any(not str(item["attack"]).startswith(NOISE) for run in setting.runs for item in run.attacked):
+        went = "; ".join(f"{run.title} had {_conditions(setting, run.attacked)}" for run in setting.runs)
+        return f"The models share no attack but white noise, so no model is called more robust: {went}."
+    held = " and ".join(
+        f"{run.title} {percent(setting.interval(run, setting.worst(run, level)))}" for run in setting.ranked
+    )
+    return (
+        f"No attack was run, only white noise, so no model is called more robust: at {setting.norm_name} {level} they "
+        f"hold {held} Dice."
+    )
+
+
+def _conditions(setting: Setting, items: Sequence[Mapping[str, Any]]) -> str:
+    """``apgd and white-noise at L2 5 and 10``: attacks of the same levels together."""
+    levels: dict[str, list[str]] = {}
+    for item in items:
+        levels.setdefault(str(item["attack"]), []).append(str(item["level"]))
+    together: dict[tuple[str, ...], list[str]] = {}
+    for attack, mine in levels.items():
+        together.setdefault(tuple(mine), []).append(attack)
+    parts = [f"{_and(attacks)} at {setting.norm_name} {_and(list(mine))}" for mine, attacks in together.items()]
+    return ", ".join(parts) or "none"
 
 
 def _price_of_a_sample(setting: Setting, best: Results, reference: Results) -> str:

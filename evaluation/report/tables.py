@@ -1,26 +1,31 @@
-"""Tables of a report, for the page and as CSV, Markdown and LaTeX."""
+"""Tables of a report, for the page, and as Markdown and LaTeX; for programs there is :mod:`long_csv`."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
-from nnunet_ima.evaluation.metrics import nan_mean
+from nnunet_ima.evaluation.metrics import class_scores, nan_mean
 from nnunet_ima.evaluation.report.figures import Setting, tvdi
-from nnunet_ima.evaluation.report.published import published_for
+from nnunet_ima.evaluation.report.published import level_value, paper_task, published_attack, published_for
 from nnunet_ima.evaluation.report.sentences import probability
-from nnunet_ima.evaluation.results import UNTOUCHED
-from nnunet_ima.evaluation.statistics import Difference
+from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
+from nnunet_ima.evaluation.statistics import Difference, holm
 
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "→": r"$\to$", "ε": r"$\varepsilon$",
 }  # fmt: skip
+
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Of whole cases: heading, and name in cases.csv.
+DISTANCES = (("HD95", "hd95_mm"), ("surface Dice", "surface_dice_1mm"))
+# Of the published attacks, for people.
+PUBLISHED_NAMES = {"AutoAttack": "AutoAttack", "WhiteNoise": "white noise", "PGD": "PGD with 100 steps"}
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,10 @@ def robustness_table(setting: Setting) -> Table | None:
     rows: list[list[Cell]] = []
     for attack in setting.attacks:
         columns = []
-        keys = [*(key for _, key in starts), *((attack, text) for text, _ in setting.levels)]
-        for key in keys:
-            intervals = [setting.interval(run, key) for run in setting.runs]
+        conditions = [[key] * len(setting.runs) for _, key in starts]
+        conditions += [[setting.key(run, attack, text) for run in setting.runs] for text, _ in setting.levels]
+        for keys in conditions:
+            intervals = [setting.interval(run, key) for run, key in zip(setting.runs, keys, strict=True)]
             columns.append(_marked([_dice(one.value, one.low, one.high) for one in intervals]))
         columns.append(_marked([_dice(setting.mean_over_levels(run, attack)) for run in setting.runs]))
         for run, *cells in zip(setting.runs, *columns, strict=True):
@@ -69,31 +75,60 @@ def robustness_table(setting: Setting) -> Table | None:
     )
     if clamped:
         note += " Clamp only: what the protocol does to the scans before any attack."
-    note += setting.choice_note
+    note += setting.choice_note + without_published(setting)
     return Table(f"TVDI under each attack: {setting.name}", head, rows, note, names=2)
 
 
 def difference_table(setting: Setting) -> Table | None:
-    """Each model against the first one given, case by case."""
+    """Each model against each other one, case by case."""
     if len(setting.runs) < 2 or not setting.comparable or not setting.attacks:
         return None
-    first = setting.runs[0]
+    corrected = bool(setting.correction)
     rows = []
-    for run in setting.runs[1:]:
-        for level in (None, *(text for text, _ in setting.levels)):
-            where = "clean" if level is None else f"{setting.norm_name} {level}"
-            dice, own = setting.difference(run, first, level), setting.adi_difference(run, first, level)
-            rows.append([Cell(run.title), Cell(where), *_difference_cells(dice), *_difference_cells(own)])
-        mean = setting.mean_difference(run, first)
-        rows.append([Cell(run.title), Cell("mean of the levels"), *_difference_cells(mean), *_difference_cells(None)])
+    for level, where in (
+        (None, "clean"),
+        *((text, f"{setting.norm_name} {text}") for text, _ in setting.levels),
+    ):
+        dice = [setting.difference(run, other, level) for run, other in setting.pairs]
+        own = [setting.adi_difference(run, other, level) for run, other in setting.pairs]
+        rows += _difference_rows(setting, where, dice, own, corrected)
+    means = [setting.mean_difference(run, other) for run, other in setting.pairs]
+    rows += _difference_rows(setting, "mean of the levels", means, [None] * len(means), corrected)
     note = (
-        f"Points more (+) or less (-) than {first.title}, on the same samples, each model under the attack that is "
-        f"worst for its TVDI: 95 % interval by paired bootstrap over {setting.unit_resampled}, p by a permutation test "
-        f"that swaps what the two models reached on one of them. Not corrected for the number of comparisons; whether "
-        f"a model is called more robust is asked once, of the mean of the levels.{setting.p_note}{setting.choice_note}"
+        f"Points that the first model has more (+) or less (-) than the second, on the same samples, each "
+        f"under {setting.worst_words}: 95 % interval by paired bootstrap over {setting.unit_resampled}, p by a "
+        f"permutation test that swaps what the two models reached on one of them. "
     )
-    head = ["model", "level", "TVDI", "95 % interval", "p", "ADI", "95 % interval (ADI)", "p (ADI)"]
-    return Table(f"Against {first.title}: {setting.name}", head, rows, note, names=2)
+    if corrected:
+        note += f"p (Holm): after {setting.correction}, those of the same level and figure. "
+    asked = "whether a model is called more robust is asked once, of the mean of the levels"
+    claim = "by noise alone no model is called more robust" if setting.noise_only else asked
+    note += f"Not corrected for the number of levels and figures; {claim}.{setting.p_note}{setting.choice_note}"
+    more = ["p (Holm)"] if corrected else []
+    head = ["model", "against", "level", "TVDI", "95 % interval", "p", *more]
+    head += ["ADI", "95 % interval (ADI)", "p (ADI)", *(f"{name}, ADI" for name in more)]
+    return Table(f"Model against model: {setting.name}", head, rows, note, names=3)
+
+
+def _difference_rows(
+    setting: Setting,
+    where: str,
+    dice: Sequence[Difference | None],
+    own: Sequence[Difference | None],
+    corrected: bool,
+) -> list[list[Cell]]:
+    """A row a pair of models, of one level; by TVDI, then by the samples' own Dice."""
+    columns = [_difference_columns(found, corrected) for found in (dice, own)]
+    return [
+        [Cell(run.title), Cell(other.title), Cell(where), *by_voxels, *by_sample]
+        for (run, other), by_voxels, by_sample in zip(setting.pairs, *columns, strict=True)
+    ]
+
+
+def _difference_columns(found: Sequence[Difference | None], corrected: bool) -> list[list[Cell]]:
+    by_holm = holm([float("nan") if one is None else one.p for one in found])
+    more = [[Cell(probability(p), p)] if corrected else [] for p in by_holm]
+    return [[*_difference_cells(one), *cells] for one, cells in zip(found, more, strict=True)]
 
 
 def _difference_cells(found: Difference | None) -> list[Cell]:
@@ -127,15 +162,16 @@ def further_table(setting: Setting) -> Table:
             spent = None if passes is None else float(passes) + float(backward)
             rows.append([
                 Cell(run.title), Cell(name), Cell(figures.get("level", "0")),
-                *(_dice(_number(share)) for share in shares), _plain(figures["hd95"], ".1f"),
+                *(_dice(_number(share)) for share in shares), _distance(figures),
                 _dice(_number(figures["surface_dice"])), _plain(spent, ".0f"),
             ])  # fmt: skip
     note = (
         "Dice and shares in %. TVDI of lowest Dice: that of the images on which each sample has its lowest Dice, of "
         "which all other figures are; only of an ensemble it is another than TVDI. Correct: samples with a Dice above "
         "the threshold. Case Dice is nnU-Net's own, of whole cases through its sliding window; HD95 and surface Dice "
-        "(1 mm) are means over cases. Passes: forward and backward passes of a sample that the attack spent; a sample "
-        "that has come to Dice 0 is left alone."
+        "(1 mm) are means over cases; under an HD95 stands of how many structures (a class in a case) it is, if some "
+        "were not found at all, and so have none. Passes: forward and backward passes of a sample that the attack "
+        "spent; a sample that has come to Dice 0 is left alone."
     )
     return _without_empty_columns(Table(f"All figures: {setting.name}", head, rows, note, names=3))
 
@@ -172,7 +208,7 @@ def end_to_end_table(setting: Setting) -> Table | None:
             rows.append([
                 Cell(run.title), Cell(str(item["attack"])), Cell(str(item["level"])),
                 Cell("yes" if about["mirroring_known_to_the_attack"] else "no" if about["mirrored_axes"] else "none"),
-                *(_dice(_number(share)) for share in shares), _plain(whole["hd95"], ".1f"),
+                *(_dice(_number(share)) for share in shares), _distance(whole),
                 _dice(_number(whole["surface_dice"])),
             ])  # fmt: skip
     note = (
@@ -184,53 +220,95 @@ def end_to_end_table(setting: Setting) -> Table | None:
 
 
 def case_table(setting: Setting) -> Table | None:
-    """Every case: Dice clean and at the telling level, for each model; with distances where there is a case level."""
+    """Every case and model: Dice clean and at the telling level; with distances where there is a case level."""
     level = setting.telling_level
     if level is None:
         return None
     at = f"{setting.norm_name} {level}"
-    # One kind of Dice for all, or they could not be compared.
-    whole = all(run.cases.get(key) for run in setting.runs for key in (UNTOUCHED, setting.worst(run, level)))
-    head, columns = ["case"], []
-    for run in setting.runs:
-        head += [f"{run.title}: Dice clean", f"{run.title}: Dice at {at}"]
-        columns += [run.case_dice(UNTOUCHED, whole), run.case_dice(setting.worst(run, level), whole)]
-    names = sorted({name for column in columns for name in column})
-    rows = [[Cell(name), *(_dice(column.get(name, float("nan"))) for column in columns)] for name in names]
-    for kind, title in (("hd95_mm", "HD95 (mm)"), ("surface_dice_1mm", "surface Dice")) if whole else ():
-        for run in setting.runs:
-            head.append(f"{run.title}: {title} at {at}")
-            for row in rows:
-                value = nan_mean(run.cases[setting.worst(run, level)].get(row[0].text, {}).get(kind, []))
-                row.append(_plain(value, ".1f") if kind == "hd95_mm" else _dice(value))
+    whole = setting.whole_cases(level)
+    kinds = [("Dice", "dice"), *(DISTANCES if whole else ())]
+    head = ["case", "model", *(f"{title} {where}" for title, _ in kinds for where in ("clean", f"at {at}"))]
+    conditions = {run: (UNTOUCHED, setting.worst(run, level)) for run in setting.runs}
+    dice = {run: [run.case_dice(key, whole) for key in keys] for run, keys in conditions.items()}
+    rows = []
+    for name in sorted({name for columns in dice.values() for column in columns for name in column}):
+        for run, keys in conditions.items():
+            cells = [_dice(column.get(name, float("nan"))) for column in dice[run]]
+            for _, kind in kinds[1:]:
+                cells += [_of_classes(run.cases[key].get(name, {}).get(kind, []), kind) for key in keys]
+            rows.append([Cell(name), Cell(run.title), *cells])
     origin = "nnU-Net's, of the whole case" if whole else "of the case's attacked samples, as TVDI pools them"
-    note = f"Dice in %, mean of the classes, {origin}; each model under the attack that is worst for it."
-    return Table(f"Case by case: {setting.name}", head, rows, note)
+    note = f"Dice in %, mean of the classes, {origin}; each model under {setting.worst_words}."
+    if whole:
+        note += (
+            " HD95 in mm and surface Dice (1 mm) in % are means of the classes for which they are defined; where that "
+            "is not all of them, it is said of how many."
+        )
+    return Table(f"Case by case: {setting.name}", head, rows, note, names=2)
 
 
-def published_table(setting: Setting) -> Table | None:
-    """The paper's figures for this data set, norm and protocol beside ours."""
-    published = published_for(setting.runs[0].summary)
-    if not published or not setting.attacks:
-        return None
-    levels = sorted({*dict(setting.levels), *(text for row in published for text in row.levels)}, key=Fraction)
-    head = ["model", "source", "clean", *(f"{setting.norm_name} {text}" for text in levels)]
-    here = dict(setting.levels)
-    rows = [
-        [Cell(run.title), Cell("here, worst attack that was run"), _dice(tvdi(run, UNTOUCHED)),
-         *(_dice(tvdi(run, setting.worst(run, text))) if text in here else Cell("–") for text in levels)]
+def _of_classes(values: Sequence[float], kind: str) -> Cell:
+    """The mean of what is defined, and of how many classes that is, if not of all."""
+    mean, known = nan_mean(list(values)), sum(value == value for value in values)
+    cell = _plain(mean, ".1f") if kind == "hd95_mm" else _dice(mean)
+    return replace(cell, note=f"{known} of {len(values)} classes") if 0 < known < len(values) else cell
+
+
+def published_tables(setting: Setting) -> list[Table]:
+    """The paper's figures for this data set, norm and protocol beside ours: a table for each attack that both have."""
+    protocol = setting.protocol
+    kinds = [published_attack(protocol, str(item["attack"])) for run in setting.runs for item in run.attacked]
+    made = [_published_table(setting, kind) for kind in dict.fromkeys(kinds) if kind is not None]
+    return [table for table in made if table is not None]
+
+
+def _published_table(setting: Setting, kind: str) -> Table | None:
+    published = published_for(setting.runs[0].summary, kind)
+    ours = [
+        (run, attack)
         for run in setting.runs
+        for attack in dict.fromkeys(str(item["attack"]) for item in run.attacked)
+        if published_attack(setting.protocol, attack) == kind
+    ]
+    task = paper_task(setting.dataset)
+    if not published or task is None:
+        return None
+    theirs = [{level_value(text): number for text, number in row.levels.items()} for row in published]
+    here = [
+        {float(item["epsilon"]): _number(item["tvdi"]) for item in run.attacked if item["attack"] == attack}
+        for run, attack in ours
+    ]
+    written = {level_value(text): text for row in published for text in row.levels}
+    written |= {float(item["epsilon"]): str(item["level"]) for run, _ in ours for item in run.attacked
+                if float(item["epsilon"]) not in written}  # fmt: skip
+    levels = sorted({*(value for row in theirs for value in row), *(value for row in here for value in row)})
+    head = ["model", "attack", "source", "clean", *(f"{setting.norm_name} {written[level]}" for level in levels)]
+    rows = [
+        [Cell(run.title), Cell(attack), Cell("here"), _dice(tvdi(run, UNTOUCHED)),
+         *(_dice(found.get(level, float("nan"))) for level in levels)]
+        for (run, attack), found in zip(ours, here, strict=True)
     ]  # fmt: skip
     rows += [
-        [Cell(row.method), Cell(row.source), _plain(row.clean, ".1f"),
-         *(_plain(row.levels.get(text), ".1f") for text in levels)]
-        for row in published
+        [Cell(row.method), Cell(PUBLISHED_NAMES[kind]), Cell("published"), _plain(row.clean, ".1f"),
+         *(_plain(found.get(level), ".1f") for level in levels)]
+        for row, found in zip(published, theirs, strict=True)
     ]  # fmt: skip
-    note = (
-        "Dice in %. The paper's figures are of other networks, trainings and cases; they belong to the protocol "
+    note = "" if task.exact else f"{setting.dataset} is not {task.dataset} of the paper but stands in for it. "
+    note += (
+        f"Dice in %. Published: {published[0].source}. The paper's figures are of other networks, trainings and cases, "
+        f"and its attack is of the same kind as ours but not the same program; they belong to the protocol "
         f"{setting.protocol} and say where one would expect to be, no more."
     )
-    return Table(f"Beside the published figures: {setting.name}", head, rows, note, names=2)
+    title = f"Beside the published figures, {PUBLISHED_NAMES[kind]}: {setting.name}"
+    return Table(title, head, rows, note, names=3)
+
+
+def without_published(setting: Setting) -> str:
+    """Why no published figures stand beside those of one of the paper's tasks; empty where that needs no words."""
+    task = paper_task(setting.dataset)
+    if task is None or len(setting.runs[0].summary["patch_size"]) == 2:
+        return ""
+    return f" The paper's figures of {task.name} are of 2D networks, so none stand beside those of this 3D one."
 
 
 def class_table(setting: Setting) -> Table | None:
@@ -241,11 +319,9 @@ def class_table(setting: Setting) -> Table | None:
         return None
     rows = []
     for run in setting.runs:
-        key = setting.worst(run, level)
-        for where, name in ((UNTOUCHED, "clean"), (key, f"{key[0]}, {setting.norm_name} {level}")):
-            counts = run.samples[where].counts.sum(0)
-            whole = 2 * counts[:, 0] + counts[:, 1] + counts[:, 2]
-            dice = np.divide(2 * counts[:, 0], whole, out=np.full(len(whole), np.nan), where=whole > 0)
+        for key, name in _clean_and_attacked(setting, run, level):
+            counts = run.samples[key].counts.sum(0)
+            dice = class_scores(counts[:, 0], counts[:, 1], counts[:, 2])
             rows.append([Cell(run.title), Cell(name), *(_dice(float(value)) for value in dice)])
     head = ["model", "condition", *classes]
     return Table(
@@ -253,13 +329,34 @@ def class_table(setting: Setting) -> Table | None:
     )
 
 
-def as_csv(table: Table) -> str:
-    """With the numbers' text as it is shown."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(table.head)
-    writer.writerows([cell.text + (f" ({cell.note})" if cell.note else "") for cell in row] for row in table.rows)
-    return stream.getvalue()
+def class_spread_table(setting: Setting) -> Table | None:
+    """How the Dice of a class is spread over cases, clean beside attacked."""
+    level = setting.telling_level
+    if level is None:
+        return None
+    whole, rows = setting.whole_cases(level), []
+    for number, name in enumerate(str(name) for name in setting.runs[0].summary["classes"]):
+        for run in setting.runs:
+            for key, condition in _clean_and_attacked(setting, run, level):
+                dice = setting.class_dice(run, key, whole)[:, number]
+                known = dice[~np.isnan(dice)]
+                quantiles = np.quantile(known, QUANTILES) if len(known) else np.full(len(QUANTILES), np.nan)
+                rows.append([
+                    Cell(name), Cell(run.title), Cell(condition), Cell(str(len(known)), len(known)),
+                    *(_dice(float(value)) for value in quantiles),
+                ])  # fmt: skip
+    origin = "nnU-Net's, of whole cases" if whole else "of each case's attacked samples, as TVDI pools them"
+    note = (
+        f"Dice of a class in a case, in %, {origin}; over those cases in which the class is or was found. A quarter of "
+        f"the cases lies below the lower quartile, and a quarter above the upper one."
+    )
+    head = ["class", "model", "condition", "cases", "lowest", "lower quartile", "median", "upper quartile", "highest"]
+    return Table(f"By class, case by case: {setting.name}", head, rows, note, names=3)
+
+
+def _clean_and_attacked(setting: Setting, run: Results, level: str) -> list[tuple[Key, str]]:
+    key = setting.worst(run, level)
+    return [(UNTOUCHED, "clean"), (key, f"{key[0]}, {setting.norm_name} {level}")]
 
 
 def as_markdown(table: Table) -> str:
@@ -310,6 +407,12 @@ def _dice(value: float, low: float = float("nan"), high: float = float("nan")) -
 
 def _plain(value: float | None, form: str) -> Cell:
     return Cell("–") if value is None or value != value else Cell(format(value, form), float(value))
+
+
+def _distance(figures: Mapping[str, Any]) -> Cell:
+    """The mean HD95, and of how many structures it is if some have none; older runs do not tell."""
+    cell, known, there = _plain(figures["hd95"], ".1f"), figures.get("n_hd95"), figures.get("n_structures")
+    return replace(cell, note=f"{known} of {there}") if known is not None and known != there else cell
 
 
 def _number(value: float | None) -> float:
