@@ -63,10 +63,12 @@ class Scale:
     repetitions: int
 
 
+# Of every epoch: a stop loses what came after the last checkpoint, and five epochs may be longer than a spell.
+CHECKPOINTS = {"save_every": 1}
 # Validation batches give nnU-Net's pseudo Dice and change no weight; the paper does not say how many there were.
 PAPER = Scale(
     PlannedNetwork("2d"),
-    {"num_epochs": 50, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 5},
+    {"num_epochs": 50, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 5, **CHECKPOINTS},
     {"IMA": {"robust_every": 10}, **{name: {"robust_every": 10} for name in ("SAT", "TE", "TRADES")}},
     None,
     1,
@@ -74,7 +76,13 @@ PAPER = Scale(
 SMALL = Scale(
     SmallNetwork("2d_small", features=16, most_features=128, batch_size=32),
     # 500 steps at nnU-Net's rate of 0.01 do not learn the task at all.
-    {"num_epochs": 22, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 5, "initial_lr": 0.1},
+    {
+        "num_epochs": 22,
+        "num_iterations_per_epoch": 50,
+        "num_val_iterations_per_epoch": 5,
+        "initial_lr": 0.1,
+        **CHECKPOINTS,
+    },
     # At ε 15 so small a network learned nothing from SAT in so few steps, and TE's pull at the paper's weight of 300
     # kept it from its task (docs/methods.md). IMA's ε is only the largest that a margin may become.
     {
@@ -88,7 +96,14 @@ SMALL = Scale(
 )
 GLANCE = Scale(
     SmallNetwork("2d_glance", features=4, most_features=16, batch_size=8),
-    {"num_epochs": 2, "num_iterations_per_epoch": 4, "num_val_iterations_per_epoch": 1, "initial_lr": 0.1, "steps": 2},
+    {
+        "num_epochs": 2,
+        "num_iterations_per_epoch": 4,
+        "num_val_iterations_per_epoch": 1,
+        "initial_lr": 0.1,
+        "steps": 2,
+        **CHECKPOINTS,
+    },
     {},
     4,
     1,

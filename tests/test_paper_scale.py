@@ -166,6 +166,15 @@ def test_ima_in_single_precision_is_ima_but_for_that(tmp_path, monkeypatch):
     assert len({pipeline.key(method) for method in made}) == len(made)
 
 
+@pytest.mark.parametrize("scale", list(paper_scale.SCALES))
+def test_a_spell_of_one_epoch_is_not_lost(monkeypatch, scale):
+    """A checkpoint every five epochs was never reached in spells that are shorter than five epochs."""
+    command = ["paper_scale.py", "--data", "none", "--methods", *paper_scale.METHODS, paper_scale.SINGLE]
+    monkeypatch.setattr(sys, "argv", [*command, "--scale", scale])
+    for method, _ in paper_scale.methods(paper_scale._options(), paper_scale.SCALES[scale]):
+        assert method.settings["save_every"] == 1
+
+
 def run(study: Study) -> None:
     ((_, job),) = study.jobs(study.output / "nnUNet_preprocessed" / "Dataset004_Hippocampus")
     job()
