@@ -1,34 +1,58 @@
-"""What a study needs to go on elsewhere, in files under 16 MiB: for machines that keep nothing."""
+"""What a study needs to go on elsewhere, in files of at most 15 MiB: for machines that keep nothing.
+
+A model's checkpoint and its notes (what is done, the records of its evaluations) are one content, so that a note of a
+training that ended is never taken up without that training.
+"""
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
+import pickle
+import shutil
+import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from study_parts import commit, load, read_manifest, store
 from torch import Tensor
 
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.files import atomic_path
+from nnunet_ima.settings import KEY
 
-LARGEST = 16 * 2**20
-RECORDS = "records.tar.gz"
+RECORDS = "records"
 ROUNDED = ("network_weights", "optimizer_state")
 HALVED = "single precision, stored in half"
 # In a finished checkpoint whose weights are the rounded ones, and were before anything was measured of them.
 ROUNDED_MARK = "weights_rounded_to"
 HALF = "half precision"
+FINAL, LATEST = "checkpoint_final.pth", "checkpoint_latest.pth"
 # In the order in which a training would go on from them.
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth")
-# What is made anew from the data, or is too large to carry.
-LEFT = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "staged")
+CHECKPOINTS = (FINAL, LATEST)
+# What is made anew from the data, or from what is carried, or is too large to carry.
+LEFT = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "staged", "results")
+# What torch raises of a file that is no checkpoint, or only a part of one.
+UNREADABLE = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError)
+# Of processes, which are none of another machine.
+OF_PROCESSES = ("running.pid", "lock")
+
+
+class Stage(NamedTuple):
+    """How far a model is; the later one is larger."""
+
+    finished: bool
+    epochs: int
+    rounded: bool
 
 
 def round_before_evaluations(fold: Path, results: Sequence[Path]) -> None:
-    """Round the weights of a finished training as :func:`pack` does, so that all evaluations are of what is carried.
+    """Make a finished training what :func:`pack` carries of it, so that all evaluations are of what is carried.
 
     Args:
         fold: nnU-Net's folder of the trained fold.
@@ -37,92 +61,237 @@ def round_before_evaluations(fold: Path, results: Sequence[Path]) -> None:
     Raises:
         UserError: the model was evaluated with weights that were not rounded.
     """
-    file = fold / "checkpoint_final.pth"
-    checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+    file = fold / FINAL
+    checkpoint = _read(file)
     if checkpoint.get(ROUNDED_MARK) == HALF:
         return
-    there = [folder for folder in results if (folder / "run.json").is_file()]
-    if there:
-        raise UserError(
-            f"{', '.join(map(str, there))} hold results of weights in single precision, but a state holds weights in "
-            f"half precision; remove these folders, or go on without --state."
-        )
-    rounded = {name: _single(_halved(checkpoint[name])) for name in ROUNDED if name in checkpoint}
-    _save({**checkpoint, **rounded, ROUNDED_MARK: HALF}, file)
+    _refuse_unrounded_results([folder for folder in results if (folder / "run.json").is_file()])
+    lean = _lean(checkpoint)
+    rounded = {name: _single(_halved(lean[name])) for name in ROUNDED if name in lean}
+    _save({**lean, **rounded, ROUNDED_MARK: HALF}, file)
 
 
 def pack(work: Path, state: Path) -> None:
-    """Write the checkpoints of all trainings, in half precision, and all records to ``state``.
+    """Write all trainings' checkpoints, in half precision, with their notes, and all else that is carried.
+
+    What was written before stays until all of this is, and for a model that cannot be read beyond that.
 
     Raises:
-        UserError: a file would be too large.
+        UserError: a checkpoint cannot be read, said once everything else is written; or ``state`` is of an older
+            version.
     """
     state.mkdir(parents=True, exist_ok=True)
+    contents = read_manifest(state)
+    of_models: set[Path] = set()
+    refused: list[str] = []
     for fold in _folds(work / "nnUNet_results"):
-        there = [fold / name for name in CHECKPOINTS if (fold / name).is_file()]
-        if there:
-            checkpoint = torch.load(there[0], map_location="cpu", weights_only=False)
-            rounded = {name: _halved(checkpoint[name]) for name in ROUNDED if name in checkpoint}
-            stored = {
-                "name": there[0].name,
-                "fold": str(fold.relative_to(work)),
-                "checkpoint": {**checkpoint, **rounded},
-            }
-            stored["model"] = {name: (fold.parent / name).read_bytes() for name in ("plans.json", "dataset.json")}
-            _write(stored, state / f"{fold.parent.name}_{fold.name}.pth")
-    with atomic_path(state / RECORDS) as temporary, tarfile.open(temporary, "w:gz") as tar:
-        for entry in sorted(work.iterdir()) if work.is_dir() else []:
-            if entry.name not in LEFT and not entry.name.endswith("_report") and not _is_half_done(entry):
-                tar.add(entry, entry.name)
-    _refuse_if_large(state / RECORDS)
+        file = _newest(fold)
+        if file is None:
+            continue
+        of_models |= set(_notes_of(work, fold))
+        name = f"{fold.parent.name}_{fold.name}"
+        try:
+            contents[name] = store(state, name, _bytes_of(_model(work, fold, file)))
+        except UserError as error:
+            refused.append(str(error))
+    rest = [
+        entry
+        for entry in (sorted(work.iterdir()) if work.is_dir() else [])
+        if entry.name not in LEFT
+        and not entry.name.endswith("_report")
+        and entry not in of_models
+        and not _is_half_done(entry)
+    ]
+    contents[RECORDS] = store(state, RECORDS, _tar(work, rest))
+    commit(state, contents)
+    if refused:
+        raise UserError(" ".join(refused))
 
 
 def unpack(state: Path, work: Path) -> None:
-    """Put what :func:`pack` wrote back where it was, unless something newer is there.
+    """Put what :func:`pack` wrote back where it was, unless ``work`` holds a later stage of the same model.
 
     The task must have been converted before: nnU-Net refuses to convert one of which it finds results.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    for file in sorted(state.glob("*.pth")):
-        stored = torch.load(file, map_location="cpu", weights_only=False)
-        fold = _inside(work, stored["fold"], file)
-        if any((fold / name).is_file() for name in CHECKPOINTS):
-            continue
-        fold.mkdir(parents=True, exist_ok=True)
-        for name, content in stored["model"].items():
-            (fold.parent / name).write_bytes(content)
-        _save(_single(stored["checkpoint"]), fold / stored["name"])
-    if (state / RECORDS).is_file():
-        with tarfile.open(state / RECORDS) as tar:
-            for member in tar.getmembers():
-                place = _inside(work, member.name, state / RECORDS)
-                content = tar.extractfile(member) if member.isfile() else None
-                # A process of another machine is none here.
-                if content is not None and not place.exists() and place.name != "running.pid":
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    with atomic_path(place) as temporary:
-                        temporary.write_bytes(content.read())
-
-
-def _inside(work: Path, name: str, source: Path) -> Path:
-    """Where something is to be put; tarfile's own filter is missing in Python 3.11.3 and before.
 
     Raises:
-        UserError: outside ``work``.
+        UserError: the state is not whole, or holds another finished training of a model than ``work``; before anything
+            of that model is written.
     """
-    place = (work / name).resolve()
-    if work.resolve() not in place.parents:
-        raise UserError(f"{source} wants to put something outside {work}; it is no state of this study.")
-    return place
+    work.mkdir(parents=True, exist_ok=True)
+    # All of it, before anything is written.
+    contents = {name: load(state, name, parts) for name, parts in read_manifest(state).items()}
+    rest = contents.pop(RECORDS, None)
+    for name in sorted(contents):
+        _take_up_model(contents[name], work, state / name)
+    if rest is not None:
+        for name, content in _files_in(rest, work, state / RECORDS).items():
+            if not (work / name).exists():
+                _put(work / name, content)
+
+
+# ---- one model
+
+
+def _model(work: Path, fold: Path, file: Path) -> dict[str, Any]:
+    """Everything of a model: checkpoint, plans, notes."""
+    checkpoint = _read(file)
+    stage = _stage(file.name, checkpoint)
+    # Those whose weights were rounded before may be known by the checkpoint's digest: it stays the same file.
+    lean = _lean(checkpoint) if stage.finished and not stage.rounded else checkpoint
+    notes = _notes_of(work, fold)
+    if not (stage.finished and stage.rounded):
+        # Elsewhere they would be continued with other weights.
+        notes = [entry for entry in notes if not _is_half_done(entry)]
+    return {
+        "name": file.name,
+        "fold": fold.relative_to(work).as_posix(),
+        "checkpoint": {**lean, **{name: _halved(lean[name]) for name in ROUNDED if name in lean}},
+        "model": {name: (fold.parent / name).read_bytes() for name in ("plans.json", "dataset.json")},
+        "notes": _tar(work, notes),
+    }
+
+
+def _take_up_model(content: bytes, work: Path, source: Path) -> None:
+    stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
+    fold = _inside(work, stored["fold"], source)
+    theirs, file = _stage(stored["name"], stored["checkpoint"]), _newest(fold)
+    notes = _files_in(stored["notes"], work, source)
+    if file is not None:
+        checkpoint = _read(file)
+        ours = _stage(file.name, checkpoint)
+        if ours.finished and theirs.finished and not _same_weights(checkpoint, stored["checkpoint"]):
+            raise UserError(
+                f"{file} and the state {source.parent} hold two trainings of {fold.parent.name} that have both ended; "
+                f"remove the one that shall not count, or give another folder with --state."
+            )
+        if ours == theirs and ours.finished:
+            _take_further_evaluations(notes, work)
+        if ours >= theirs:
+            return
+        _refuse_unrounded_results(
+            [entry for entry in _notes_of(work, fold) if theirs.rounded and (entry / "run.json").is_file()]
+        )
+    fold.mkdir(parents=True, exist_ok=True)
+    for name, text in stored["model"].items():
+        _put(fold.parent / name, text)
+    _save(_single(stored["checkpoint"]), fold / stored["name"])
+    if theirs.finished:
+        (fold / LATEST).unlink(missing_ok=True)
+    # Now that the checkpoint is there: what is done would be skipped without it.
+    for logs in {name.split("/")[0] for name in notes if name.startswith("logs_")}:
+        shutil.rmtree(work / logs, ignore_errors=True)
+    for name, text in notes.items():
+        if name.startswith("logs_"):
+            _put(work / name, text)
+    _take_further_evaluations(notes, work)
+
+
+def _take_further_evaluations(notes: Mapping[str, bytes], work: Path) -> None:
+    """Of each evaluation what is further, with the notes of it; one that is finished here stays."""
+    for name in dict.fromkeys(name.split("/")[0] for name in notes):
+        theirs = {path.partition("/")[2]: content for path, content in notes.items() if path.startswith(f"{name}/")}
+        if "run.json" not in theirs or not _may_go_on_here(name, theirs):
+            continue
+        folder = work / name
+        ours = {file.relative_to(folder).as_posix(): file.stat().st_size for file in _files_under(folder)}
+        if "summary.json" in ours or _progress({path: len(text) for path, text in theirs.items()}) <= _progress(ours):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        # What says that something is there comes after it.
+        for path in sorted(theirs, key=lambda path: (path == "summary.json", path.startswith("records/"), path)):
+            _put(folder / path, theirs[path])
+        for path, content in notes.items():
+            logs, _, file = path.partition("/")
+            if logs.startswith("logs_") and file.startswith(f"{name}."):
+                _put(work / path, content)
+
+
+def _progress(files: Mapping[str, int]) -> tuple[bool, int]:
+    """Whether an evaluation is finished, and the size of its records, to which is only ever added."""
+    return "summary.json" in files, sum(size for name, size in files.items() if name.endswith("journal.jsonl"))
+
+
+def _may_go_on_here(name: str, files: Mapping[str, bytes]) -> bool:
+    """Whether an evaluation is finished, or these versions would go on with it."""
+    if "summary.json" in files or json.loads(files["run.json"])["identity"].get("version of") == versions():
+        return True
+    sys.stdout.write(f"{name} was begun with other versions than these, and begins anew here.\n")
+    return False
+
+
+def _refuse_unrounded_results(folders: Sequence[Path]) -> None:
+    if folders:
+        raise UserError(
+            f"{', '.join(map(str, folders))} hold results of weights in single precision, but a state holds weights in "
+            f"half precision; remove these folders, or go on without --state."
+        )
+
+
+def _notes_of(work: Path, fold: Path) -> list[Path]:
+    """A model's logs and evaluations, named as :class:`~nnunet_ima.evaluation.study.Study` names them."""
+    trainer, _, rest = fold.parent.name.partition("__")
+    own = trainer.removeprefix("nnUNetTrainer")
+    _, found, variant = rest.partition("__")[2].partition(f"_{own}")
+    if not found:
+        return []
+    logs = work / f"logs_{trainer}{variant}"
+    results = [entry for entry in sorted(work.glob(f"*_{own}{variant}")) if entry.is_dir()]
+    return [*([logs] if logs.is_dir() else []), *results]
 
 
 def _is_half_done(entry: Path) -> bool:
-    """An evaluation that is not finished: it begins anew elsewhere, where a GPU may round differently."""
+    """An evaluation that is not finished."""
     return (entry / "run.json").is_file() and not (entry / "summary.json").is_file()
 
 
 def _folds(results: Path) -> Iterator[Path]:
     yield from sorted(fold for fold in results.glob("Dataset*/*/fold_*") if fold.is_dir())
+
+
+def _newest(fold: Path) -> Path | None:
+    return next((fold / name for name in CHECKPOINTS if (fold / name).is_file()), None)
+
+
+# ---- checkpoints
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+    except (
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(f"The checkpoint {file} cannot be read; remove it to go on from an older one.") from error
+    return checkpoint
+
+
+def _stage(name: str, checkpoint: Mapping[str, Any]) -> Stage:
+    return Stage(name == FINAL, int(checkpoint["current_epoch"]), checkpoint.get(ROUNDED_MARK) == HALF)
+
+
+def _lean(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A finished training's checkpoint without what only further training would need: momenta, and TE's averages."""
+    lean = dict(checkpoint)
+    if "optimizer_state" in lean:
+        # nnU-Net loads it before it validates: what it must hold stays.
+        lean["optimizer_state"] = {**lean["optimizer_state"], "state": {}}
+    ours = lean.get("init_args", {}).get(KEY, {})
+    if "averages" in ours.get("state", {}):
+        ours = {**ours, "state": {**ours["state"], "averages": {}}}
+        lean["init_args"] = {**lean["init_args"], KEY: ours}
+    return lean
+
+
+def _same_weights(checkpoint: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether the weights of a checkpoint become those that were stored, once they are rounded."""
+    ours, theirs = _single(_halved(checkpoint["network_weights"])), _single(stored["network_weights"])
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def _halved(value: Any, known: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] | None = None) -> Any:
@@ -155,19 +324,64 @@ def _single(value: Any, known: dict[tuple[int, torch.Size, tuple[int, ...]], Ten
     return value
 
 
-def _write(content: dict[str, Any], file: Path) -> None:
-    _save(content, file)
-    _refuse_if_large(file)
-
-
 def _save(content: dict[str, Any], file: Path) -> None:
-    """By way of memory: torch writes a file's name into it, and the same content should be the same file."""
+    _put(file, _bytes_of(content))
+
+
+def _bytes_of(content: dict[str, Any]) -> bytes:
+    """In memory: torch writes a file's name into it, and the same content should be the same file."""
     stream = io.BytesIO()
     torch.save(content, stream)
+    return stream.getvalue()
+
+
+# ---- files
+
+
+def _put(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary:
-        temporary.write_bytes(stream.getbuffer())
+        temporary.write_bytes(content)
 
 
-def _refuse_if_large(file: Path) -> None:
-    if file.stat().st_size > LARGEST:
-        raise UserError(f"{file} has {file.stat().st_size / 2**20:.1f} MiB, more than the 16 MiB that may be carried.")
+def _tar(work: Path, entries: Iterable[Path]) -> bytes:
+    """Files and folders of ``work``, compressed; the same for the same files."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for entry in entries:
+            for file in [entry] if entry.is_file() else _files_under(entry):
+                if file.name not in OF_PROCESSES:
+                    tar.add(file, file.relative_to(work).as_posix())
+    return gzip.compress(stream.getvalue(), mtime=0)
+
+
+def _files_under(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _files_in(archive: bytes, work: Path, source: Path) -> dict[str, bytes]:
+    """The files of :func:`_tar`, by their place in ``work``.
+
+    Raises:
+        UserError: one would be outside.
+    """
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        for member in tar.getmembers():
+            place = _inside(work, member.name, source)
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is not None:
+                found[place.relative_to(work.resolve()).as_posix()] = content.read()
+    return found
+
+
+def _inside(work: Path, name: str, source: Path) -> Path:
+    """Where something is to be put; tarfile's own filter is missing in Python 3.11.3 and before.
+
+    Raises:
+        UserError: outside ``work``.
+    """
+    place = (work / name).resolve()
+    if work.resolve() not in place.parents:
+        raise UserError(f"{source} wants to put something outside {work}; it is no state of this study.")
+    return place
