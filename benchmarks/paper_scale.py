@@ -9,32 +9,35 @@
 
 Started again it goes on: trainings from their last checkpoint, evaluations from their records. ``--minutes 8`` stops
 in time on a machine that is only lent for so long; ``--state FOLDER`` then keeps all that is needed to go on elsewhere
-in files under 16 MiB (weights in half precision, margins, finished records), and takes it up at the next start. The
-weights of a finished training are then rounded before anything is measured, so that all figures are of the same model.
-``--jobs`` trains and attacks several models at once, as a GPU waits for one of them half of the time.
+in files of at most 15 MiB (weights in half precision, margins, records), and takes it up at the next start; give the
+same ``-o`` everywhere. The weights of a finished training are then rounded before anything is measured, so that all
+figures are of the same model. ``--jobs`` trains and attacks several models at once, as a GPU waits for one of them half
+of the time.
+
+Results go to ``results`` in the work folder. Once the whole study of a scale is complete they go beside this program,
+too, or at any time to the folder that ``--results`` names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from study_machines import NotedStudy, available_cores
 from study_results import collect, table
 from study_state import pack, round_before_evaluations, unpack
 
-from nnunet_ima.evaluation.environment import versions
+from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.pipeline import Attacks, Method, PlannedNetwork, SmallNetwork
-from nnunet_ima.evaluation.study import Study, run_jobs
+from nnunet_ima.evaluation.study import Job, Study, run_jobs
 from nnunet_ima.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,6 +57,7 @@ class Scale:
         own: settings of single methods.
         samples: validation slices that are attacked; None for all with foreground.
         repetitions: trainings of each method; nnU-Net's trainings are not seeded, so each is another draw.
+        paper_linf: Linf levels of the protocol paper; none, and no such evaluation, unless given.
     """
 
     network: PlannedNetwork | SmallNetwork
@@ -61,6 +65,7 @@ class Scale:
     own: Mapping[str, Mapping[str, Any]]
     samples: int | None
     repetitions: int
+    paper_linf: Sequence[str] = ()
 
 
 # Of every epoch: a stop loses what came after the last checkpoint, and five epochs may be longer than a spell.
@@ -72,6 +77,8 @@ PAPER = Scale(
     {"IMA": {"robust_every": 10}, **{name: {"robust_every": 10} for name in ("SAT", "TE", "TRADES")}},
     None,
     1,
+    # Those of Table 3: the first three are AutoAttack's, the last three white noise's.
+    ("2/255", "4/255", "8/255", "16/255", "32/255"),
 )
 SMALL = Scale(
     SmallNetwork("2d_small", features=16, most_features=128, batch_size=32),
@@ -113,7 +120,20 @@ SCALES = {"paper": PAPER, "small": SMALL, "glance": GLANCE}
 
 def main() -> None:
     """Do whatever is not done yet, then write the results."""
-    options = _options()
+    try:
+        failed = run(_options())
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    """Returns a sentence for each thing that failed.
+
+    Raises:
+        UserError: nothing could be begun.
+    """
     scale = SCALES[options.scale]
     study = make_study(options, scale)
     stop = threading.Timer(60 * options.minutes, study.stop) if options.minutes else None
@@ -129,20 +149,50 @@ def main() -> None:
             # Not before: nnU-Net refuses to convert a task of which there are results.
             unpack(options.state, options.output)
         taken_up = True
-        for title, error in run_jobs(study.jobs(dataset), options.jobs, study.stop):
-            if not study.stopped:
-                failed.append(f"{title}: {error}")
+        failed += failures(study.jobs(dataset), options.jobs, study)
     finally:
+        if stop is not None:
+            stop.cancel()
         if options.state is not None and taken_up:
-            pack(options.output, options.state)
-    if stop is not None:
-        stop.cancel()
-    text = write(study, options, scale)
-    sys.stdout.write(text)
+            failed += _refusals_of(lambda: pack(options.output, options.state))
+    failed += _refusals_of(lambda: sys.stdout.write(write(study, options, scale, complete_if_there=not failed)))
     if study.stopped:
         sys.stdout.write(f"\nStopped after {options.minutes:g} minutes; start it again to go on.\n")
-    if failed:
-        raise SystemExit("\n".join(failed))
+    return failed
+
+
+def failures(jobs: Iterable[Job], at_once: int, study: Study) -> list[str]:
+    """Run jobs, so many at once; says of each that failed why, but not of those that the study's stop ended.
+
+    Args:
+        jobs: of the study.
+        at_once: how many.
+        study: may be stopped meanwhile.
+    """
+    ended: set[str] = set()
+
+    def watched(title: str, job: Callable[[], None]) -> Callable[[], None]:
+        def run_it() -> None:
+            try:
+                job()
+            except UserError:
+                # What failed before the stop failed by itself; and so does what is no sentence of ours.
+                if study.stopped:
+                    ended.add(title)
+                raise
+
+        return run_it
+
+    found = run_jobs([(title, watched(title, job)) for title, job in jobs], at_once, study.stop)
+    return [f"{title}: {error}" for title, error in found if title not in ended]
+
+
+def _refusals_of(call: Callable[[], object]) -> list[str]:
+    try:
+        call()
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _options() -> argparse.Namespace:
@@ -156,6 +206,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--levels", nargs="+", default=["5", "10", "15"], help="L2, of the protocol sound")
     parser.add_argument("--linf", nargs="*", default=["2/255", "4/255", "8/255"], help="Linf, of the protocol sound")
     parser.add_argument("--paper-levels", nargs="*", default=["5", "15", "25"], help="L2, of the protocol paper")
+    parser.add_argument("--paper-linf", nargs="*", help="Linf, of the protocol paper; Table 3's at the paper's scale")
     parser.add_argument("--attack", default=FAST, help=f"for instance {STANDARD}")
     parser.add_argument("--samples", type=int, help="attack so many validation slices; all of them unless given")
     parser.add_argument("--other-samples", type=int, help="for Linf and the protocol paper; as many unless given")
@@ -163,16 +214,25 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     parser.add_argument("--state", type=Path, help="folder for what is needed to go on elsewhere")
     parser.add_argument("--jobs", type=int, default=1, help="models at work at once")
-    parser.add_argument("--workers", type=int, default=1, help="processes that augment, for each training")
+    parser.add_argument(
+        "--workers", type=int, help="processes that augment, for each training; unless given, 1, and on CUDA all cores"
+    )
     parser.add_argument("--compile", action="store_true", help="let nnU-Net compile the network")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON and the table go")
+    parser.add_argument("--results", type=Path, help="where the JSON and the table go in any case")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.workers is None:
+        # A GPU waits for the augmentation of nnU-Net's batches of 366; a core is left for each training itself.
+        shared = (available_cores() - options.jobs) // options.jobs
+        options.workers = max(1, shared) if options.device == "cuda" else 1
+    if options.paper_linf is None:
+        options.paper_linf = list(SCALES[options.scale].paper_linf)
+    return options
 
 
 def make_study(options: argparse.Namespace, scale: Scale) -> Study:
     """What the options ask for."""
-    return Study(
+    return NotedStudy(
         options.output,
         f"nnUNetPlans_{options.scale}",
         scale.network,
@@ -182,6 +242,7 @@ def make_study(options: argparse.Namespace, scale: Scale) -> Study:
         options.workers,
         options.compile,
         before_evaluations=None if options.state is None else round_before_evaluations,
+        jobs=options.jobs,
     )
 
 
@@ -213,55 +274,75 @@ def evaluations(options: argparse.Namespace, scale: Scale) -> list[Attacks]:
         found.append(Attacks("sound_linf", options.linf, attacks, norm="linf", further=others))
     if options.paper_levels:
         found.append(Attacks("paper_l2", options.paper_levels, attacks, protocol="paper", further=others))
+    if options.paper_linf:
+        found.append(Attacks("paper_linf", options.paper_linf, attacks, norm="linf", protocol="paper", further=others))
     return found
 
 
-def write(study: Study, options: argparse.Namespace, scale: Scale) -> str:
-    """JSON, table and report of what there is."""
-    pipeline = study.pipeline()
-    found = sorted(pipeline.folders["nnUNet_preprocessed"].glob("Dataset*"))
+def write(study: Study, options: argparse.Namespace, scale: Scale, complete_if_there: bool = True) -> str:
+    """JSON, table and report of what there is; returns the table.
+
+    Args:
+        study: whose.
+        options: of the command.
+        scale: of the study.
+        complete_if_there: False if something failed.
+    """
+    found = sorted(study.pipeline().folders["nnUNet_preprocessed"].glob("Dataset*"))
     if not found:
         return "Nothing was prepared yet.\n"
     result = {
         "command": _command(options),
         "scale": options.scale,
         "dataset": found[0].name.partition("_")[2],
-        "hardware": _hardware(options.device),
-        "versions": versions(),
-        "rows": collect(pipeline, found[0], list(methods(options, scale)), study.evaluations),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": collect(study, found[0], list(methods(options, scale))),
     }
     text = table(result)
-    name = f"paper_scale_{options.scale}"
-    options.results.mkdir(parents=True, exist_ok=True)
-    write_text(options.results / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    write_text(options.results / f"{name}.md", text)
+    places = [options.output / "results"]
+    if options.results is not None:
+        places.append(options.results)
+    elif complete_if_there and is_the_study(options, scale) and is_complete(result["rows"]):
+        places.append(RESULTS)
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+        write_text(place / f"paper_scale_{options.scale}.json", json.dumps(result, indent=1) + "\n")
+        write_text(place / f"paper_scale_{options.scale}.md", text)
     # One page for the first repetition of all methods.
     first = [method for method, repetition in methods(options, scale) if not repetition]
     for attacks in study.evaluations:
         study.report([attacks], study.output / f"{attacks.name}_report", first)
-    return text
+    return f"{text}\nIn {', '.join(map(str, places))}.\n"
+
+
+def is_the_study(options: argparse.Namespace, scale: Scale) -> bool:
+    """Whether the options ask for all methods, and for as many trainings and samples as the scale has, at least."""
+    samples = options.samples or scale.samples
+    return (
+        scale is not GLANCE
+        and set(METHODS) <= set(options.methods)
+        and (options.repetitions or scale.repetitions) >= scale.repetitions
+        and (samples is None or (scale.samples is not None and samples >= scale.samples))
+    )
+
+
+def is_complete(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every model was trained, and went through every evaluation."""
+    return all(row["training"] and all(row["evaluations"].values()) for row in rows)
 
 
 def _command(options: argparse.Namespace) -> str:
     """Without the folders of this machine."""
     shown = ["benchmarks/paper_scale.py", "--data", options.data.name, "--scale", options.scale]
     shown += ["--methods", *options.methods, "--attack", options.attack, "-device", options.device]
-    for name in ("levels", "linf", "paper_levels"):
+    for name in ("levels", "linf", "paper_levels", "paper_linf"):
         shown += [f"--{name.replace('_', '-')}", *getattr(options, name)]
-    for name in ("samples", "other_samples", "repetitions", "jobs"):
+    for name in ("samples", "other_samples", "repetitions", "jobs", "workers"):
         if getattr(options, name):
             shown += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     if options.compile:
         shown.append("--compile")
     return "python " + shlex.join(shown)
-
-
-def _hardware(device: str) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "cores": os.cpu_count(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 if __name__ == "__main__":

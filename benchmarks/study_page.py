@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from study_machines import machine_lines
 from study_results import NORMS, table
 
 from nnunet_ima.files import atomic_path, write_text
@@ -70,11 +71,16 @@ def section(result: Mapping[str, Any] | None, scale: str) -> str:
     """What the page says of a study."""
     if result is None:
         return "Not run yet."
-    hardware, versions = result["hardware"], result["versions"]
-    where = f"{hardware['device']}, {hardware['cores']} cores, {hardware['date']}"
-    made = f"`{result['command']}`, {where}, torch {versions['torch']}, nnU-Net {versions['nnunetv2']}."
+    made = " ".join([f"`{result['command']}`, {result['date']}.", *machine_lines(result["rows"]), *_seeds(result)])
     picture = [f"![Dice against level](pictures/study_{scale}.png)"] if evaluated(result) else []
     return "\n\n".join([made, *picture, table(result)])
+
+
+def _seeds(result: Mapping[str, Any]) -> list[str]:
+    found = [one for row in result["rows"] for one in row["evaluations"].values() if one]
+    seeds = [sorted({one[key] for one in found}) for key in ("seed", "samples_seed")]
+    attacks, samples = (", ".join(map(str, values)) for values in seeds)
+    return [f"Seed of the attacks: {attacks}; of the choice of samples: {samples}."] if found else []
 
 
 def evaluated(result: Mapping[str, Any]) -> list[str]:

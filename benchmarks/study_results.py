@@ -9,32 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study_machines import machines
 from study_state import ROUNDED_MARK
 
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
 from nnunet_ima.evaluation.report.published import Published, published_rows
+from nnunet_ima.evaluation.study import Study
 from nnunet_ima.settings import KEY
 
 QUANTILES = ("margin_10", "margin_50", "margin_90", "margin_mean", "visits_mean", "passes_per_sample")
 NORMS = {"l2": "L2", "linf": "Linf"}
 
 
-def collect(
-    pipeline: Pipeline, dataset: Path, methods: Sequence[tuple[Method, int]], evaluations: Sequence[Attacks]
-) -> list[dict[str, Any]]:
-    """A row a trained model: how it was trained, and what each evaluation found of it so far."""
-    return [
-        {
-            "method": method.title,
-            "repetition": repetition,
-            "settings": dict(method.settings),
-            "training": _training(pipeline.fold_folder(dataset, method) / "checkpoint_final.pth"),
-            "evaluations": {
-                attacks.name: _evaluation(pipeline.results(method, attacks), attacks) for attacks in evaluations
-            },
-        }
-        for method, repetition in methods
-    ]
+def collect(study: Study, dataset: Path, methods: Sequence[tuple[Method, int]]) -> list[dict[str, Any]]:
+    """A row a trained model: how it was trained, and what each evaluation found of it so far, and on which machines."""
+    rows = []
+    for method, repetition in methods:
+        pipeline = study.pipeline(method)
+        training = _training(pipeline.fold_folder(dataset, method) / "checkpoint_final.pth")
+        evaluations = {}
+        for attacks in study.evaluations:
+            run = pipeline.results(method, attacks)
+            evaluations[attacks.name] = _on_machines(_evaluation(run, attacks), pipeline, run.name)
+        rows.append(
+            {
+                "method": method.title,
+                "repetition": repetition,
+                "settings": dict(method.settings),
+                "training": _on_machines(training, pipeline, f"train_{pipeline.key(method)}"),
+                "evaluations": evaluations,
+            }
+        )
+    return rows
+
+
+def _on_machines(found: dict[str, Any] | None, pipeline: Pipeline, step: str) -> dict[str, Any] | None:
+    return found and {**found, "machines": machines(pipeline.logs, step)}
 
 
 def _training(checkpoint: Path) -> dict[str, Any] | None:
@@ -64,22 +74,31 @@ def _attacks_in(ours: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _evaluation(run: Path, attacks: Attacks) -> dict[str, Any] | None:
-    """None if there is none yet, or one of other attacks or levels, which is to be made again."""
+    """None if there is none yet, or one of other attacks, levels or samples, which is to be made again."""
     file = run / "summary.json"
     if not file.is_file():
         return None
     summary = json.loads(file.read_text(encoding="utf-8"))
     found = [(result["attack"], result["level"]) for result in summary["results"]]
-    if found != [(attack, level) for attack in attacks.attacks for level in attacks.levels]:
+    asked = [(attack, level) for attack in attacks.attacks for level in attacks.levels]
+    if found != asked or summary["max_samples"] != _most_samples(attacks):
         return None
     kept = ("attack", "level", "tvdi", "adi", "robust_share", "tvdi_of_lowest_dice")
     return {
         "samples": summary["clean"]["n_samples"],
+        "seed": summary["seed"],
+        "samples_seed": summary["samples_seed"],
         "trusted": summary["trusted"],
         "clean": {key: summary["clean"][key] for key in ("tvdi", "adi")},
         "clamp_only": {key: summary["clamp_only"][key] for key in ("tvdi", "adi")} if "clamp_only" in summary else None,
         "results": [{key: result[key] for key in kept if key in result} for result in summary["results"]],
     }
+
+
+def _most_samples(attacks: Attacks) -> int | None:
+    """How many samples an evaluation is asked for; None for all."""
+    further = list(attacks.further)
+    return int(further[further.index("--max-samples") + 1]) if "--max-samples" in further else None
 
 
 def table(result: Mapping[str, Any]) -> str:

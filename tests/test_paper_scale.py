@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -15,8 +16,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import paper_scale
+import study_machines
 import study_parts
 import study_state
+from study_machines import machines
 from study_parts import LARGEST_PART, MANIFEST
 from study_state import HALF, RECORDS, ROUNDED_MARK, pack, round_before_evaluations, unpack
 
@@ -24,6 +27,7 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.phantom import make_phantom_task
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
+from nnunet_ima.evaluation.report.published import published_levels
 from nnunet_ima.evaluation.study import Study
 
 MODELS = Path("nnUNet_results/Dataset004_Hippocampus")
@@ -345,12 +349,16 @@ def weights_of(work: Path) -> dict[str, torch.Tensor]:
     return dict(torch.load(work / FOLD / FINAL, weights_only=True)["network_weights"])
 
 
+def options_of(*command: str) -> argparse.Namespace:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["paper_scale.py", "--data", "none", *command])
+        return paper_scale._options()
+
+
 def a_study(work: Path, state: Path | None) -> tuple[Study, Method]:
     """As the program makes it, with one method and one evaluation."""
-    command = ["--data", "none", "-o", str(work), "--methods", "IMA", "--linf", "--paper-levels", "--scale", "glance"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["paper_scale.py", *command, *(["--state", str(state)] if state else [])])
-        options = paper_scale._options()
+    command = ["-o", str(work), "--methods", "IMA", "--linf", "--paper-levels", "--scale", "glance"]
+    options = options_of(*command, *(["--state", str(state)] if state else []))
     scale = paper_scale.SCALES["glance"]
     ((method, _),) = paper_scale.methods(options, scale)
     return paper_scale.make_study(options, scale), method
@@ -375,10 +383,9 @@ def evaluated(monkeypatch) -> list[dict[str, torch.Tensor]]:
     return seen
 
 
-def test_ima_in_single_precision_is_ima_but_for_that(tmp_path, monkeypatch):
-    command = ["paper_scale.py", "--data", "none", "--methods", "IMA", "IMA-single", "--scale", "small"]
-    monkeypatch.setattr(sys, "argv", command)
-    made = [method for method, _ in paper_scale.methods(paper_scale._options(), paper_scale.SMALL)]
+def test_ima_in_single_precision_is_ima_but_for_that(tmp_path):
+    options = options_of("--methods", "IMA", "IMA-single", "--scale", "small")
+    made = [method for method, _ in paper_scale.methods(options, paper_scale.SMALL)]
     assert [method.trainer for method in made] == ["nnUNetTrainerIMA"] * 2 * 3
     one, other = made[:2]
     assert {**one.settings, "attack_precision": "single"} == other.settings
@@ -387,12 +394,133 @@ def test_ima_in_single_precision_is_ima_but_for_that(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", list(paper_scale.SCALES))
-def test_a_spell_of_one_epoch_is_not_lost(monkeypatch, scale):
+def test_a_spell_of_one_epoch_is_not_lost(scale):
     """A checkpoint every five epochs was never reached in spells that are shorter than five epochs."""
-    command = ["paper_scale.py", "--data", "none", "--methods", *paper_scale.METHODS, paper_scale.SINGLE]
-    monkeypatch.setattr(sys, "argv", [*command, "--scale", scale])
-    for method, _ in paper_scale.methods(paper_scale._options(), paper_scale.SCALES[scale]):
+    options = options_of("--methods", *paper_scale.METHODS, paper_scale.SINGLE, "--scale", scale)
+    for method, _ in paper_scale.methods(options, paper_scale.SCALES[scale]):
         assert method.settings["save_every"] == 1
+
+
+def test_the_papers_linf_levels_are_asked_for_at_its_own_scale():
+    found = {
+        scale: {
+            one.name: one for one in paper_scale.evaluations(options_of("--scale", scale), paper_scale.SCALES[scale])
+        }
+        for scale in paper_scale.SCALES
+    }
+    assert [scale for scale, named in found.items() if "paper_linf" in named] == ["paper"]
+    asked = found["paper"]["paper_linf"]
+    assert (asked.protocol, asked.norm) == ("paper", "linf")
+    for attack in ("AutoAttack", "WhiteNoise"):
+        assert set(asked.levels) >= set(published_levels("Hippocampus", attack, "linf"))
+    assert "--paper-linf 2/255" in paper_scale._command(options_of("--scale", "small", "--paper-linf", "2/255"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["-device", "cuda"], 15), (["-device", "cuda", "--jobs", "2"], 7), (["-device", "cuda", "--jobs", "16"], 1),
+     (["-device", "cuda", "--workers", "3"], 3), ([], 1), (["--jobs", "2"], 1)],
+)  # fmt: skip
+def test_a_gpu_is_fed_by_all_cores_unless_told_otherwise(monkeypatch, arguments, expected):
+    """nnU-Net's batch at the paper's scale is 366 patches, which one process augments in seconds."""
+    monkeypatch.setattr(paper_scale, "available_cores", lambda: 16)
+    options = options_of(*arguments)
+    assert options.workers == expected
+    assert f"--workers {expected}" in paper_scale._command(options)
+
+
+def test_what_failed_by_itself_is_told_though_the_time_was_up_later(tmp_path):
+    study, _ = a_study(tmp_path, None)
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    def be_stopped() -> None:
+        study.stop()
+        raise UserError("The step train_SAT failed: it was ended")
+
+    jobs = [
+        ("IMA", lambda: fail(UserError("The step train_IMA failed: no memory"))),
+        ("SAT", be_stopped),
+        ("TE", lambda: fail(UserError("the time is up"))),
+        ("STD", lambda: fail(ValueError("a bug"))),
+    ]
+    assert paper_scale.failures(jobs, 1, study) == ["IMA: The step train_IMA failed: no memory", "STD: a bug"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "failed", "expected"),
+    [
+        (("--scale", "small"), "complete", False, {"work", "committed"}),
+        (("--scale", "small"), "complete", True, {"work"}),
+        (("--scale", "small"), "partial", False, {"work"}),
+        (("--scale", "small", "--samples", "20"), "complete", False, {"work"}),
+        (("--scale", "small", "--methods", "STD", "IMA"), "complete", False, {"work"}),
+        (("--scale", "small", "--repetitions", "1"), "complete", False, {"work"}),
+        (("--scale", "glance"), "complete", False, {"work"}),
+        (("--scale", "small", "--results", "given"), "partial", False, {"work", "given"}),
+    ],
+)
+def test_what_is_not_the_whole_study_does_not_replace_its_results(tmp_path, monkeypatch, asked, rows, failed, expected):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paper_scale, "RESULTS", tmp_path / "committed")
+    done = {"training": {"epochs": 2}, "evaluations": {"sound_l2": {"a": 1}, "paper_l2": {"a": 1}}}
+    begun = {"training": {"epochs": 2}, "evaluations": {"sound_l2": {"a": 1}, "paper_l2": None}}
+    found = {"complete": [done, done], "partial": [done, begun]}[rows]
+    monkeypatch.setattr(paper_scale, "collect", lambda *_: found)
+    monkeypatch.setattr(paper_scale, "table", lambda _: "a table")
+    options = options_of("-o", "work", *asked)
+    Path("work/nnUNet_preprocessed/Dataset004_Hippocampus").mkdir(parents=True)
+    scale = paper_scale.SCALES[options.scale]
+    paper_scale.write(paper_scale.make_study(options, scale), options, scale, complete_if_there=not failed)
+    places = {Path("work/results"), Path("committed"), Path("given")}
+    written = {place for place in places if (place / f"paper_scale_{options.scale}.json").is_file()}
+    assert {place.parts[0] for place in written} == expected
+
+
+def test_a_training_and_an_evaluation_tell_all_machines_that_they_were_made_on(tmp_path, monkeypatch):
+    here = {"device": ""}
+    monkeypatch.setattr(study_machines, "this_machine", lambda *_: dict(here))
+    study, method = a_study(tmp_path, None)
+    (attacks,), pipeline = study.evaluations, study.pipeline(method)
+    pipeline.logs.mkdir(exist_ok=True)
+    dataset = pipeline.folders["nnUNet_preprocessed"] / "Dataset004_Hippocampus"
+
+    def train_on(device: str, name: str) -> list[str]:
+        here["device"] = device
+        monkeypatch.setattr(Pipeline, "train", lambda *_: a_training(tmp_path, name))
+        pipeline.train(dataset, method)
+        return [one["device"] for one in machines(pipeline.logs, "train_IMA")]
+
+    assert train_on("first", LATEST) == ["first"]
+    assert train_on("second", LATEST) == ["first", "second"]
+    assert train_on("first", FINAL) == ["first", "second"]
+    # It is not trained any more.
+    assert train_on("third", FINAL) == ["first", "second"]
+
+    def evaluate_on(device: str, lines: int, finished: bool = False, **of: str) -> list[str]:
+        here["device"] = device
+
+        def evaluate(*_: object) -> Path:
+            an_evaluation(tmp_path, lines, finished, **of)
+            done = {"command": pipeline.evaluate_command(dataset, method, attacks)}
+            (pipeline.logs / f"{RESULTS}.done").write_text(json.dumps(done if finished else {"command": []}))
+            return tmp_path / RESULTS
+
+        monkeypatch.setattr(Pipeline, "evaluate", evaluate)
+        pipeline.evaluate(dataset, method, attacks)
+        return [one["device"] for one in machines(pipeline.logs, str(RESULTS))]
+
+    assert evaluate_on("first", 1) == ["first"]
+    assert evaluate_on("second", 2) == ["first", "second"]
+    # One of other versions was begun anew.
+    assert evaluate_on("second", 2, torch="another") == ["second"]
+    assert evaluate_on("third", 3, finished=True, torch="another") == ["second", "third"]
+    assert evaluate_on("fourth", 3, finished=True, torch="another") == ["second", "third"]
+    # Nobody noted where it was begun.
+    (pipeline.logs / f"{RESULTS}.machines.json").unlink()
+    (tmp_path / RESULTS / "summary.json").unlink()
+    assert evaluate_on("fourth", 4, torch="another") == []
 
 
 def run(study: Study) -> None:
@@ -489,6 +617,6 @@ def test_a_state_that_was_not_taken_up_is_not_overwritten(tmp_path, monkeypatch)
     before = stored_in(tmp_path / "state")
     command = ["paper_scale.py", "--data", str(tmp_path / "nothing"), "-o", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", [*command, "--state", str(tmp_path / "state"), "--scale", "glance"])
-    with pytest.raises(UserError, match="is no task folder"):
+    with pytest.raises(SystemExit, match="is no task folder"):
         paper_scale.main()
     assert stored_in(tmp_path / "state") == before

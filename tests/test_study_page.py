@@ -22,7 +22,10 @@ from nnunet_ima.evaluation.pipeline import Attacks
 from nnunet_ima.settings import KEY
 
 ATTACK, NOISE = "autoattack:version=fast", "white-noise"
-LEVELS = {"sound_l2": ("5", "10", "15"), "sound_linf": ("2/255",), "paper_l2": ("5", "15", "25")}
+LEVELS = {
+    "sound_l2": ("5", "10", "15"), "sound_linf": ("2/255",), "paper_l2": ("5", "15", "25"),
+    "paper_linf": ("2/255", "4/255", "8/255", "16/255", "32/255"),
+}  # fmt: skip
 
 
 def an_evaluation(name: str, clean: float, attacked: list[float], trusted: bool = True) -> dict[str, Any]:
@@ -34,7 +37,10 @@ def an_evaluation(name: str, clean: float, attacked: list[float], trusted: bool 
     ]
     clamp = {"tvdi": clean - 0.01, "adi": 0.1} if name.startswith("paper") else None
     clean_figures = {"tvdi": clean, "adi": 0.2}
-    return {"samples": 200, "trusted": trusted, "clean": clean_figures, "clamp_only": clamp, "results": found}
+    return {
+        "samples": 200, "seed": 0, "samples_seed": 3, "trusted": trusted, "clean": clean_figures, "clamp_only": clamp,
+        "results": found,
+    }  # fmt: skip
 
 
 def a_row(method: str, repetition: int, training: dict[str, Any] | None = None, **evaluations: Any) -> dict[str, Any]:
@@ -47,8 +53,7 @@ def a_row(method: str, repetition: int, training: dict[str, Any] | None = None, 
 def a_result(rows: list[dict[str, Any]], dataset: str = "Hippocampus") -> dict[str, Any]:
     return {
         "command": "python benchmarks/paper_scale.py", "scale": "small", "dataset": dataset, "rows": rows,
-        "hardware": {"device": "cpu", "cores": 2, "date": "2026-11-26"},
-        "versions": {"torch": "2.15.0", "nnunetv2": "2.8.1"},
+        "date": "2026-11-26",
     }  # fmt: skip
 
 
@@ -100,6 +105,16 @@ def test_published_figures_stand_below_with_their_protocol():
     for heading in (f"`{NOISE}`, protocol `sound`, L2", f"`{ATTACK}`, protocol `sound`, Linf"):
         assert {"method", "---", "STD"} == lines_of(text, heading).keys()
     assert "*" not in table(a_result(rows, dataset="Spleen"))
+
+
+def test_linf_of_the_papers_protocol_stands_beside_table_3():
+    found = an_evaluation("paper_linf", 0.87, [0.7, 0.6, 0.5, 0.4, 0.3])
+    text = table(a_result([a_row("STD", 0, paper_linf=found)]))
+    attacked, noise = (lines_of(text, f"`{attack}`, protocol `paper`, Linf") for attack in (ATTACK, NOISE))
+    # Each at its own levels: 2, 4, 8 and 8, 16, 32 of 255.
+    assert attacked["*TRADES*"] == ["83.6", "", "73.4", "71.5", "67.0", "–", "–", "–"]
+    assert noise["*TRADES*"] == ["83.6", "", "–", "–", "76.1", "76.1", "75.6", "–"]
+    assert attacked["STD"] == ["87.0", "86.0", "70.0", "60.0", "50.0", "40.0", "30.0", "56.2"]
 
 
 def test_what_is_not_to_be_trusted_is_marked_and_what_is_missing_left_out():
@@ -185,13 +200,55 @@ def test_a_study_that_was_only_begun_has_no_picture():
     assert "benchmarks/paper_scale.py" in text
 
 
+def write_summary(folder: Path, **other: Any) -> None:
+    """Of an evaluation of all samples."""
+    clean = {"n_samples": 3, "tvdi": 0.9, "adi": 0.8}
+    summary = {**an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0]), "clean": clean, "max_samples": None, **other}
+    del summary["clamp_only"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.mark.parametrize(
+    ("asked", "counts"), [([], False), (["--max-samples", "200"], True), (["--max-samples", "100"], False)]
+)
+def test_an_evaluation_of_another_number_of_samples_is_none_of_this_study(tmp_path, asked, counts):
+    """A table has one number of slices in its heading."""
+    write_summary(tmp_path, max_samples=200)
+    further = ["--no-cases", *asked]
+    found = _evaluation(tmp_path, Attacks("sound_l2", LEVELS["sound_l2"], (NOISE, ATTACK), further=further))
+    assert (found is not None) == counts
+    assert found is None or (found["seed"], found["samples_seed"]) == (0, 3)
+
+
+A_MACHINE = {
+    "device": "cpu", "processor": "A processor", "amx": True, "cores": 2, "threads": 1, "workers": 1, "jobs": 2,
+    "compiled": False, "versions": {"torch": "2.15.0", "nnunetv2": "2.8.1"},
+}  # fmt: skip
+
+
+def test_the_page_says_on_which_machines_and_with_which_seeds_figures_were_made():
+    gpu = {**A_MACHINE, "device": "A GPU", "cores": 16, "workers": 7, "compiled": True}
+    training = {"seconds": 100.0, "epochs": 22}
+    found = an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0])
+    rows = [
+        a_row("STD", 0, {**training, "machines": [A_MACHINE]}, sound_l2={**found, "machines": [A_MACHINE]}),
+        a_row("IMA", 0, {**training, "machines": [A_MACHINE, gpu]}, sound_l2={**found, "machines": []}),
+    ]
+    text = study_page.section(a_result(rows), "small")
+    cpu = "On A processor with AMX, 2 cores, 1 thread, 1 worker, 2 models at once, torch 2.15.0, nnU-Net 2.8.1"
+    assert f"{cpu}: 2 trainings (1 in part), 1 evaluation." in text
+    assert "On A GPU (A processor with AMX), 16 cores, 1 thread, 7 workers, 2 models at once, compiled," in text
+    assert "nnU-Net 2.8.1: 1 training (1 in part)." in text
+    assert "On a machine that was not noted: 1 evaluation." in text
+    assert "Seed of the attacks: 0; of the choice of samples: 3." in text
+
+
 @pytest.mark.parametrize(
     ("asked", "counts"), [((NOISE, ATTACK), True), ((NOISE, "autoattack:version=standard"), False)]
 )
 def test_an_evaluation_of_other_attacks_is_none_of_this_study(tmp_path, asked, counts):
     """A study that is started again with another attack makes its evaluations again; until then they are missing."""
-    summary = {**an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0]), "clean": {"n_samples": 3, "tvdi": 0.9, "adi": 0.8}}
-    (tmp_path / "summary.json").write_text(json.dumps({key: value for key, value in summary.items() if value}))
+    write_summary(tmp_path)
     found = _evaluation(tmp_path, Attacks("sound_l2", LEVELS["sound_l2"], asked))
     assert (found is not None) == counts
     assert _evaluation(tmp_path, Attacks("sound_l2", ("5", "10"), (NOISE, ATTACK))) is None
