@@ -117,10 +117,6 @@ def costs(
     """Milliseconds of a pass in each precision and form."""
     found: dict[str, float] = {}
     forms: dict[str, nn.Module] = {"eager": network}
-    if options.compile:
-        compiled = torch.compile(network, dynamic=False)
-        assert isinstance(compiled, nn.Module)
-        forms["compiled"] = compiled
     two_dimensional = images.ndim == 4
     last = torch.channels_last if two_dimensional else torch.channels_last_3d
     forms["channels last"] = copy.deepcopy(network).to(memory_format=last)
@@ -128,6 +124,8 @@ def costs(
         batch, target = images[:size], targets[:size]
         index = torch.arange(len(batch), device=batch.device)
         for precision, autocast in precisions.items():
+            if options.compile:
+                forms["compiled"] = compiled_anew(network)
             for form, module in forms.items():
                 oracle = Oracle(module, target, loss, None, autocast=autocast)
                 key = f"{form}, {precision}, {len(batch)}"
@@ -139,6 +137,14 @@ def costs(
                 key = f"CUDA graph, {precision}, {len(batch)}"
                 found[key] = timed(partial(oracle.ascent, batch, index), options.repeats)
     return found
+
+
+def compiled_anew(network: nn.Module) -> nn.Module:
+    """Compiled for what it is asked next. After eight sizes and precisions torch would run the others eagerly."""
+    torch.compiler.reset()
+    compiled = torch.compile(network, dynamic=False)
+    assert isinstance(compiled, nn.Module)
+    return compiled
 
 
 def timed(run: Callable[[], object], repeats: int) -> float:

@@ -48,6 +48,18 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
+@contextmanager
+def cudnn_chooses(by_timing: bool) -> Iterator[None]:
+    """Let cuDNN choose its kernels by timing them, as ``nnUNetv2_train`` does, or always the same, as an evaluation."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = by_timing, not by_timing
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
 class Clock:
     """Adds up seconds by part; a part that runs within another one counts for itself alone."""
 

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 from speed_models import Ground
-from speed_trainers import IMA, KINDS, STOCK, TE, at_work, make, measure, prepare_step
+from speed_trainers import IMA, KINDS, STOCK, TE, at_work, make, make_stock, measure, prepare_step
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,7 +53,7 @@ SAVINGS: dict[str, Saving] = {
 def measure_savings(ground: Ground, device: torch.device, steps: int, warm_up: int, title: str) -> list[dict[str, Any]]:
     """One row for each change: seconds as a share of IMA's step, passes, and what is found."""
     with at_work(ground):
-        trainers = {STOCK: make(KINDS[STOCK], ground, device), IMA: make(KINDS[IMA], ground, device)}
+        trainers = {STOCK: make_stock(ground, device), IMA: make(KINDS[IMA], ground, device)}
         single = trainers[IMA].attack_autocast is nullcontext
         for name, saving in SAVINGS.items():
             if saving.change is _single and single:

@@ -47,12 +47,14 @@ def _trainers(found: Mapping[str, Any]) -> str:
         f"Features {network['features'][0]} to {max(network['features'])}, batch {network['batch']}, patch "
         f"{' × '.join(map(str, network['patch']))}. Seconds in stock steps: median and its 95 % interval.\n\n"
     )
+    compiled = any("ratio_to_compiled" in row for row in found["rows"].values())
     parts = _rows(
-        ["step of", "seconds", "forward passes a sample", *PARTS],
+        ["step of", "seconds", *(["in compiled ones"] if compiled else []), "forward passes a sample", *PARTS],
         [
             [
                 name,
                 _ratio(row["ratio"]),
+                *([_ratio(row["ratio_to_compiled"])] if compiled else []),
                 f"{row['passes_per_sample']:.1f}",
                 *(f"{row['parts'][part]:.2f}" for part in PARTS),
             ]
@@ -73,7 +75,7 @@ def _trainers(found: Mapping[str, Any]) -> str:
 def _memory(found: Mapping[str, Any]) -> str:
     rows = [[name, "not measured" if mib is None else f"{mib:.0f}"] for name, mib in found["mib"].items()]
     cuda = found["conditions"]["command"].endswith("cuda") or "-device cuda" in found["conditions"]["command"]
-    what = "most that PyTorch handed out" if cuda else "rise of the process's resident memory over what it held before"
+    what = "most that PyTorch reserved" if cuda else "rise of the process's resident memory over what it held before"
     return _rows(["step of", f"MiB: {what}"], rows)
 
 

@@ -1,8 +1,9 @@
 """Seconds, passes and parts of a step of every trainer, as ratios to stock nnU-Net's step on the same batch.
 
 Steps take turns, with a stock step between any two, so that whatever else the machine does hits all alike; a ratio is
-to the mean of the stock steps before and after. Nobody learns (the learning rate is 0): the model shall stay
-half-trained, and IMA's margins where they were set.
+to the mean of the stock steps before and after. The stock step is an eager one; on CUDA a compiled one, as of
+``nnUNetv2_train``, takes its turn, too, and ratios to it are given beside. Nobody learns (the learning rate is 0): the
+model shall stay half-trained, and IMA's margins where they were set.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -21,12 +22,13 @@ from unittest.mock import patch
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from speed_clock import PARTS, Clock, seconds_of, summary, watched
+from speed_clock import PARTS, Clock, cudnn_chooses, seconds_of, summary, watched
 from speed_models import Ground
 from speed_plain import PlainIMA, PlainNetwork
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunet_ima.attacks.oracle import undisturbed
 from nnunet_ima.settings import KEY
 from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
 from nnunet_ima.trainers.nnUNetTrainerSAT import nnUNetTrainerSAT
@@ -34,7 +36,8 @@ from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
 from nnunet_ima.trainers.nnUNetTrainerTE import nnUNetTrainerTE
 from nnunet_ima.trainers.nnUNetTrainerTRADES import nnUNetTrainerTRADES
 
-STOCK, IMA, PLAIN, TE = "stock nnU-Net", "IMA", "IMA, straightforward", "TE"
+STOCK, COMPILED = "stock nnU-Net", "stock nnU-Net, compiled"
+IMA, PLAIN, TE = "IMA", "IMA, straightforward", "TE"
 KINDS: dict[str, type[Any]] = {
     STOCK: nnUNetTrainer,
     "STD": nnUNetTrainerSTD,
@@ -56,8 +59,9 @@ TOLERANCE = 1e-6
 
 @contextlib.contextmanager
 def at_work(ground: Ground) -> Iterator[None]:
-    """nnU-Net finds its folders, keeps its results in a temporary one, and prints nothing."""
+    """nnU-Net finds its folders, keeps its results in a temporary one, and prints nothing; kernels as it has them."""
     with (
+        cudnn_chooses(by_timing=True),
         tempfile.TemporaryDirectory() as results,
         contextlib.redirect_stdout(io.StringIO()),
         patch.dict(os.environ, {**ground.environment(), "nnUNet_results": results}),
@@ -85,9 +89,39 @@ def make(kind: type[Any], ground: Ground, device: torch.device, **settings: Any)
     return trainer
 
 
+def make_stock(ground: Ground, device: torch.device, compiled: bool = False, **settings: Any) -> Any:
+    """Stock nnU-Net, eager unless told otherwise, whatever the other trainers are."""
+    with patch.dict(os.environ, {"nnUNet_compile": "1" if compiled else "0"}):
+        return make(KINDS[STOCK], ground, device, **settings)
+
+
 def make_all(ground: Ground, device: torch.device, **settings: Any) -> dict[str, Any]:
-    """One trainer of each kind."""
-    return {name: make(kind, ground, device, **settings) for name, kind in KINDS.items()}
+    """One trainer of each kind, and on CUDA stock nnU-Net compiled."""
+    trainers = {STOCK: make_stock(ground, device, **settings)}
+    if device.type == "cuda":
+        trainers[COMPILED] = make_stock(ground, device, compiled=True, **settings)
+    return trainers | {name: make(kind, ground, device, **settings) for name, kind in KINDS.items() if name != STOCK}
+
+
+def capture_graphs(trainer: Any, batch: Mapping[str, Any]) -> None:
+    """Have a trainer capture all of its CUDA graphs now, of every number of samples; without graphs do nothing.
+
+    A training does so once, and replays them for the rest of it.
+    """
+    graphs = getattr(trainer, "_graphs", None)
+    if graphs is None:
+        return
+    step_of(trainer, batch, 0)
+    if trainer.attack_sizes == 1:
+        return
+    targets = [part.to(trainer.device) for part in batch["target"]]
+    images = batch["data"].to(trainer.device)
+    with undisturbed(trainer.bare_network):
+        oracle = trainer.attack_oracle(targets, trainer.sample_loss, trainer.criterion)
+        for size in graphs.sizes:
+            index = torch.arange(size, device=trainer.device)
+            oracle.ascent(images[index], index)
+            oracle.dice(images[index], index)
 
 
 def prepare_step(trainer: Any, batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -124,6 +158,9 @@ def measure(trainers: Mapping[str, Any], loader: Any, steps: int, warm_up: int, 
     ratios: dict[str, list[float]] = {name: [] for name in others}
     counted: dict[str, list[Mapping[str, float]]] = {name: [] for name in trainers}
     loading: dict[str, list[float]] = {name: [] for name in (STOCK, IMA, TE) if name in trainers}
+    captured = next(loader)
+    for trainer in trainers.values():
+        capture_graphs(trainer, captured)
     for step in tqdm(range(warm_up + steps), desc=title, unit="round", dynamic_ncols=True):
         batch = next(loader)
         before, counts = step_of(stock, batch, step)
@@ -146,6 +183,7 @@ def measure(trainers: Mapping[str, Any], loader: Any, steps: int, warm_up: int, 
     rows = {
         name: {
             "ratio": summary(ratios[name]) if name != STOCK else {"median": 1.0, "low": None, "high": None},
+            **_to_compiled(name, ratios),
             "seconds": round(median(seconds[name]), 5),
             "passes_per_sample": round(mean(c["forward_passes"] / c["samples"] for c in counted[name]), 2),
             "shares": {
@@ -159,6 +197,15 @@ def measure(trainers: Mapping[str, Any], loader: Any, steps: int, warm_up: int, 
     for name, parts in where_time_goes(trainers, loader, max(2, steps // 3), title).items():
         rows[name]["parts"] = parts
     return {"rows": rows, "loading": {name: summary(times) for name, times in loading.items()}}
+
+
+def _to_compiled(name: str, ratios: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The ratio to a compiled stock step, if there is one: by way of the eager steps beside both, in each round."""
+    if COMPILED not in ratios:
+        return {}
+    compiled = ratios[COMPILED]
+    own = ratios.get(name, [1.0] * len(compiled))
+    return {"ratio_to_compiled": summary([mine / other for mine, other in zip(own, compiled, strict=True)])}
 
 
 def where_time_goes(trainers: Mapping[str, Any], loader: Any, steps: int, title: str) -> dict[str, dict[str, float]]:
@@ -322,4 +369,7 @@ def _precision(trainer: Any) -> str:
     if not hasattr(trainer, "attack_autocast"):
         return "nnU-Net's"
     attack = "single" if trainer.attack_autocast is contextlib.nullcontext else "mixed"
-    return f"attack {attack}" + (", CUDA graphs" if trainer._graphs is not None else "")
+    graphs = trainer._graphs
+    if graphs is None:
+        return f"attack {attack}"
+    return f"attack {attack}, CUDA graphs" + (f" refused ({graphs.refused})" if graphs.refused else "")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +20,14 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import attack_passes
 import speed
 import speed_attacks
 import speed_clock
 import speed_memory
 import speed_plain
 import speed_trainers
-from speed_clock import ATTACK_PASSES, BOOKKEEPING, PARTS, Clock
+from speed_clock import ATTACK_PASSES, BOOKKEEPING, TRAINING_PASSES, Clock
 from speed_memory import RESET, peak, reset_peak
 from speed_models import Ground
 from speed_plain import Ball, PlainNetwork, plain_gen_adv, plain_pgd
@@ -133,6 +137,60 @@ def test_a_part_within_another_one_counts_for_itself_alone(monkeypatch):
     assert clock.seconds == {"outer": 1101, "inner": 10}
 
 
+class FakeTrainer:
+    """Costs so many stock steps; the machine gets slower with every step of anyone."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, cost: float) -> None:
+        self.cost = cost
+        self.dataloader_train = itertools.repeat({})
+
+
+def measured_with_fabricated_clocks(monkeypatch, costs: dict[str, float], warm_up: int) -> dict[str, Any]:
+    """The rows of :func:`speed_trainers.measure`; a step of the warm-up takes a thousand times as long."""
+    now = itertools.count(10)
+
+    def step_of(trainer: FakeTrainer, _: object, step: int) -> tuple[float, dict[str, float]]:
+        slow = 1000 if step < warm_up else 1
+        return trainer.cost * next(now) * slow, {"samples": 4, "forward_passes": 4 * trainer.cost}
+
+    monkeypatch.setattr(speed_trainers, "step_of", step_of)
+    monkeypatch.setattr(speed_trainers, "where_time_goes", lambda *_: {})
+    trainers = {name: FakeTrainer(cost) for name, cost in costs.items()}
+    found: dict[str, Any] = speed_trainers.measure(trainers, itertools.repeat({}), 7, warm_up, "")["rows"]
+    return found
+
+
+@pytest.mark.parametrize("warm_up", [0, 2])
+def test_a_ratio_is_to_the_stock_steps_beside_a_step(monkeypatch, warm_up):
+    """So that a machine that gets slower changes none: to the mean of two neighbours each step is what it costs."""
+    costs = {speed_trainers.STOCK: 1.0, "IMA": 4.0, "SAT": 20.0}
+    rows = measured_with_fabricated_clocks(monkeypatch, costs, warm_up)
+    for name, cost in costs.items():
+        assert rows[name]["ratio"]["median"] == pytest.approx(cost)
+        assert rows[name]["passes_per_sample"] == cost
+        assert "ratio_to_compiled" not in rows[name]
+    assert rows["SAT"]["ratio"]["low"] == rows["SAT"]["ratio"]["high"] == 20.0
+
+
+def test_with_a_compiled_stock_step_every_ratio_is_given_to_both(monkeypatch):
+    costs = {speed_trainers.STOCK: 1.0, speed_trainers.COMPILED: 0.5, "IMA": 4.0}
+    rows = measured_with_fabricated_clocks(monkeypatch, costs, 1)
+    assert rows["IMA"]["ratio"]["median"] == pytest.approx(4)
+    to_compiled = {name: row["ratio_to_compiled"]["median"] for name, row in rows.items()}
+    assert to_compiled == pytest.approx({speed_trainers.STOCK: 2, speed_trainers.COMPILED: 1, "IMA": 8})
+
+
+@pytest.mark.parametrize("by_timing", [True, False])
+def test_cudnn_is_left_as_it_was(by_timing):
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    with speed_clock.cudnn_chooses(by_timing):
+        assert (cudnn.benchmark, cudnn.deterministic) == (by_timing, not by_timing)
+    assert (cudnn.benchmark, cudnn.deterministic) == before
+
+
 def test_an_interval_of_a_median_needs_six_values():
     assert speed_clock.summary([1.0, 3.0, 2.0, 5.0, 4.0]) == {"median": 3.0, "low": None, "high": None}
     assert speed_clock.summary([float(i) for i in range(1, 11)]) == {"median": 5.5, "low": 2.0, "high": 9.0}
@@ -212,6 +270,68 @@ def test_the_straightforward_step_does_imas_work(ground, monkeypatch):
             speed_trainers.check(trainers, tries=20)
 
 
+class RecordingGraphs:
+    """In place of CUDA graphs: answers at once, and notes for how many images."""
+
+    sizes, refused = (1, 3, 4), None
+
+    def __init__(self) -> None:
+        self.asked: set[tuple[str, int]] = set()
+
+    def size_for(self, samples: int) -> int:
+        return next((size for size in self.sizes if size >= samples), self.sizes[-1])
+
+    def ask(self, kind: Any, question: Any, _: object, inputs: Any) -> Any:
+        self.asked.add((str(kind[0][0] if isinstance(kind[0], tuple) else kind[0]), len(inputs[0])))
+        return question(*inputs)
+
+
+@pytest.mark.parametrize("configuration", ["2d_tiny"])
+def test_graphs_of_all_sizes_are_captured_before_anything_is_timed(ground):
+    with speed_trainers.at_work(ground):
+        assert torch.backends.cudnn.benchmark
+        trainer = speed_trainers.make(speed_trainers.KINDS[speed_trainers.IMA], ground, torch.device("cpu"), **SHORT)
+        batch = next(trainer.dataloader_train)
+        speed_trainers.capture_graphs(trainer, batch)
+        trainer._graphs = RecordingGraphs()
+        speed_trainers.capture_graphs(trainer, batch)
+    assert trainer._graphs.asked == {(kind, size) for kind in ("ascent", "dice") for size in RecordingGraphs.sizes}
+
+
+@pytest.mark.parametrize("configuration", ["2d_tiny"])
+def test_nothing_is_attacked_to_load_batches_for_memory(ground, monkeypatch):
+    """A CPU with AMX would measure its precision with attacks of its own, in the memory that is measured."""
+    made: list[tuple[Any, str]] = []
+    make = speed_trainers.make
+
+    def noted(kind: Any, *arguments: Any, **settings: Any) -> Any:
+        trainer = make(kind, *arguments, **{**settings, **TINY})
+        made.append((kind, trainer.settings.attack_precision if hasattr(trainer, "settings") else ""))
+        return trainer
+
+    monkeypatch.setattr(speed_memory, "make", noted)
+    monkeypatch.setattr(speed_memory, "STEPS", 1)
+    speed_memory.peak_of(ground, "STD", "cpu")
+    assert made[1] == (speed_trainers.KINDS[speed_trainers.TE], "single")
+
+
+def test_each_size_and_precision_is_compiled_for_itself(monkeypatch):
+    """torch compiles eight variants of a function, and runs the others eagerly under the name of compiled ones."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda network, **_: calls.append("compile") or network)
+    monkeypatch.setattr(attack_passes, "timed", lambda *_: calls.append("timed") or 1.0)
+    problem = make_problem("2d classes", 0, 4)
+    options = argparse.Namespace(compile=True, sizes=[4, 2], repeats=1)
+    precisions = {"fp32": nullcontext, "bf16": nullcontext}
+    found = attack_passes.costs(problem.network, problem.images, problem.targets, double_loss, precisions, options)
+    assert [key for key in found if key.startswith("compiled")] == [
+        f"compiled, {precision}, {size}" for size in (4, 2) for precision in ("fp32", "bf16")
+    ]
+    # The forms are eager, channels last, compiled.
+    assert calls == ["reset", "compile", "timed", "timed", "timed"] * 4
+
+
 @pytest.mark.parametrize("configuration", ["2d_tiny"])
 def test_the_program_writes_ratios_of_all_trainers_and_attacks(ground, tmp_path, monkeypatch):
     problem = make_problem("2d classes", 0, 4)
@@ -236,7 +356,8 @@ def test_the_program_writes_ratios_of_all_trainers_and_attacks(ground, tmp_path,
     assert rows["SAT"]["passes_per_sample"] == 21
     assert rows["IMA, straightforward"]["passes_per_sample"] == 1 + 20 + 1 + 10 + 1
     assert rows["IMA"]["passes_per_sample"] < 33
-    assert all(set(row["parts"]) == set(PARTS) for row in rows.values())
+    # No step is without a forward and a backward pass, and an update.
+    assert all(row["parts"][TRAINING_PASSES] > 0 for row in rows.values())
     assert rows["STD"]["parts"][ATTACK_PASSES] == 0
     assert rows["SAT"]["parts"][ATTACK_PASSES] > rows["SAT"]["parts"][BOOKKEEPING]
     attacks = {row["attack"]: row for row in result["attacks"]["rows"]}
@@ -247,6 +368,32 @@ def test_the_program_writes_ratios_of_all_trainers_and_attacks(ground, tmp_path,
     assert "Other processes ran beside it" in page
     for name in (*rows, *chosen):
         assert f"| {name} |" in page
+
+
+def test_the_first_straightforward_pgd_is_not_timed(monkeypatch):
+    """It is slower than all others, and would stand beside the first attack."""
+    problem = make_problem("2d classes", 0, 4)
+    threat = ThreatModel("l2", 2.0, float(problem.images.min()), float(problem.images.max()))
+    monkeypatch.setattr(
+        speed_attacks, "prepared",
+        lambda *_: (problem.network, problem.images, problem.targets, lambda kind: kind(threat, problem.criterion)),
+    )  # fmt: skip
+    monkeypatch.setattr(speed_attacks, "disagreement", lambda *_: 0.0)
+    monkeypatch.setattr(speed_attacks, "run_attack", lambda *_: {"seconds": 6.0})
+    runs: list[int] = []
+    monkeypatch.setattr(speed_attacks, "run_plain", lambda *_: runs.append(len(runs)))
+
+    def seconds_of(call: Any, _: object) -> float:
+        call()
+        return 100.0 if runs[-1] == 0 else float(runs[-1])
+
+    monkeypatch.setattr(speed_attacks, "seconds_of", seconds_of)
+    pipeline = SimpleNamespace(folders={})
+    models: Any = {"stock": (pipeline, None)}
+    rows = speed_attacks.measure_attacks(models, ["pgd", "square"], "5", 4, torch.device("cpu"))
+    # Beside them 1 and 2, then 2 and 3.
+    assert [row["ratio"] for row in rows] == [4.0, 2.4, 1.0]
+    assert rows[-1]["seconds_per_sample"] == 2.0 / 4
 
 
 def test_an_unknown_attack_is_refused_with_the_names_there_are():
