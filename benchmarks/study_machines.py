@@ -42,10 +42,10 @@ class NotedPipeline(Pipeline):
 
     def evaluate(self, dataset: Path, method: Method, attacks: Attacks) -> Path:
         """Attack, or go on."""
-        folder, command = self.results(method, attacks), self.evaluate_command(dataset, method, attacks)
+        folder = self.results(method, attacks)
         run, step = folder / "run.json", folder.name
         before, noted = run.read_bytes() if run.is_file() else None, machines(self.logs, step)
-        if not ((folder / "summary.json").is_file() and self.steps.is_done(step, command)):
+        if not (folder / "summary.json").is_file():
             self._note(step, before is not None)
         try:
             return super().evaluate(dataset, method, attacks)
