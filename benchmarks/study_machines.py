@@ -74,8 +74,8 @@ class NotedStudy(Study):
 
     def __init__(self, *args: Any, jobs: int = 1, **options: Any) -> None:
         super().__init__(*args, **options)
-        made: Any = self._make
-        self._make = partial(NotedPipeline, *made.args, jobs=jobs, **made.keywords)
+        made: Any = partial(NotedPipeline, *self._make.args, jobs=jobs, **self._make.keywords)
+        self._make = made
 
 
 def this_machine(device: str, threads: int, workers: int, jobs: int, compiled: bool) -> Machine:

@@ -280,7 +280,7 @@ def test_of_two_trainings_that_have_ended_none_is_chosen_silently(tmp_path):
 @pytest.mark.parametrize(
     ("here", "there", "expected"),
     [((5, False), None, 5), ((5, False), (3, False), 5), ((3, False), (5, False), 5), ((5, True), (5, False), 5),
-     ((4, True), (5, False), 4), ((5, False), (4, True), 4)],
+     ((4, True), (5, False), 4), ((5, False), (4, True), 4), ((5, True), (4, True), 4)],
 )  # fmt: skip
 def test_of_an_evaluation_what_is_further_stays_with_the_notes_that_belong_to_it(tmp_path, here, there, expected):
     works = tmp_path / "here", tmp_path / "there"
