@@ -39,6 +39,8 @@ CHECKPOINTS = (FINAL, LATEST)
 LEFT = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "staged", "results")
 # What torch raises of a file that is no checkpoint, or only a part of one.
 UNREADABLE = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError)
+# Which cases validate: nnU-Net makes it when a training begins, and may have none to begin elsewhere.
+SPLITS = "nnUNet_preprocessed/*/splits_final.json"
 # Of processes, which are none of another machine.
 OF_PROCESSES = ("running.pid", "lock")
 
@@ -102,7 +104,7 @@ def pack(work: Path, state: Path) -> None:
         and entry not in of_models
         and not _is_half_done(entry)
     ]
-    contents[RECORDS] = store(state, RECORDS, _tar(work, rest))
+    contents[RECORDS] = store(state, RECORDS, _tar(work, [*rest, *sorted(work.glob(SPLITS))]))
     commit(state, contents)
     if refused:
         raise UserError(" ".join(refused))
@@ -114,19 +116,22 @@ def unpack(state: Path, work: Path) -> None:
     The task must have been converted before: nnU-Net refuses to convert one of which it finds results.
 
     Raises:
-        UserError: the state is not whole, or holds another finished training of a model than ``work``; before anything
-            of that model is written.
+        UserError: the state is not whole, is of other validation cases, or holds another finished training of a model
+            than ``work``; before anything of that model is written.
     """
     work.mkdir(parents=True, exist_ok=True)
     # All of it, before anything is written.
     contents = {name: load(state, name, parts) for name, parts in read_manifest(state).items()}
-    rest = contents.pop(RECORDS, None)
+    archive = contents.pop(RECORDS, None)
+    rest = {} if archive is None else _files_in(archive, work, state / RECORDS)
+    for name, content in rest.items():
+        if Path(name).match(SPLITS) and (work / name).is_file() and json.loads(content) != _json_of(work / name):
+            raise UserError(f"{work / name} has other validation cases than the state {state}; use the same task.")
     for name in sorted(contents):
         _take_up_model(contents[name], work, state / name)
-    if rest is not None:
-        for name, content in _files_in(rest, work, state / RECORDS).items():
-            if not (work / name).exists():
-                _put(work / name, content)
+    for name, content in rest.items():
+        if not (work / name).exists():
+            _put(work / name, content)
 
 
 # ---- one model
@@ -342,6 +347,10 @@ def _put(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary:
         temporary.write_bytes(content)
+
+
+def _json_of(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _tar(work: Path, entries: Iterable[Path]) -> bytes:

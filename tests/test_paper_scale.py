@@ -123,6 +123,24 @@ def test_a_study_goes_on_elsewhere_from_what_was_carried(tmp_path):
     assert not (there / "nnUNet_preprocessed").exists()
 
 
+def test_the_validation_cases_are_carried(tmp_path):
+    """nnU-Net makes the file when a training begins: on a new machine where all have ended there was none."""
+    here, there, state = (tmp_path / name for name in ("here", "there", "state"))
+    splits = Path("nnUNet_preprocessed/Dataset004_Hippocampus/splits_final.json")
+    a_training(here)
+    (here / splits).parent.mkdir()
+    (here / splits).write_text('[{"train": ["a"], "val": ["b"]}]')
+    pack(here, state)
+    unpack(state, there)
+    assert (there / splits).read_text() == (here / splits).read_text()
+    unpack(state, there)
+    (there / splits).write_text('[{"train": ["b"], "val": ["a"]}]')
+    shutil.rmtree(there / MODELS)
+    with pytest.raises(UserError, match="other validation cases"):
+        unpack(state, there)
+    assert not (there / MODELS).exists()
+
+
 # ---- the files
 
 
