@@ -74,7 +74,7 @@ def _attacks_in(ours: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _evaluation(run: Path, attacks: Attacks) -> dict[str, Any] | None:
-    """None if there is none yet, or one of other attacks, levels or samples, which is to be made again."""
+    """None if there is none yet, or one of other attacks, levels or samples, which is none of this study."""
     file = run / "summary.json"
     if not file.is_file():
         return None

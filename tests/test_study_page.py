@@ -247,7 +247,7 @@ def test_the_page_says_on_which_machines_and_with_which_seeds_figures_were_made(
     ("asked", "counts"), [((NOISE, ATTACK), True), ((NOISE, "autoattack:version=standard"), False)]
 )
 def test_an_evaluation_of_other_attacks_is_none_of_this_study(tmp_path, asked, counts):
-    """A study that is started again with another attack makes its evaluations again; until then they are missing."""
+    """A study that is started again with another attack makes its own evaluations; until then they are missing."""
     write_summary(tmp_path)
     found = _evaluation(tmp_path, Attacks("sound_l2", LEVELS["sound_l2"], asked))
     assert (found is not None) == counts
