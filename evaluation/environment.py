@@ -19,6 +19,7 @@ import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.sources import SOURCES
 
 # A module that is imported lazily may do the same; what still goes on after so many rounds is left alone.
 MOST_ROUNDS = 5
@@ -114,9 +115,10 @@ def _settle_modules() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions that a result depends on; our own is told by a digest of the sources, too, which change more often."""
     packages = ("nnunet_ima", "nnunetv2", "torch", "numpy", "monai", "batchgeneratorsv2")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found, "nnunet_ima's sources": SOURCES}
 
 
 def choose_device(name: str) -> torch.device:

@@ -24,9 +24,10 @@ from nnunet_ima.evaluation import models
 from nnunet_ima.evaluation.cases import ValidationCases
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.examples import load_example
-from nnunet_ima.evaluation.identity import differences, digest
+from nnunet_ima.evaluation.identity import differences, digest, sealed
 from nnunet_ima.evaluation.journal import Journal
 from nnunet_ima.evaluation.records import Records, part_folders
+from nnunet_ima.evaluation.sources import SOURCES
 
 WAY = (
     "--levels", "2", "8", "--attacks", "white-noise:draws=2", "apgd:steps=3", "--max-samples", "24",
@@ -327,6 +328,29 @@ def test_another_model_or_changed_plans_or_another_version_are_refused(std_2d, i
     assert "model plans.json: " in sentence(capsys, "-m", str(model), "-o", str(output), *WAY)
     monkeypatch.setattr("nnunet_ima.evaluation.description.versions", lambda: {"torch": "0.4"})
     assert "version of torch: " in sentence(capsys, "-m", str(std_2d), "-o", str(output), *WAY)
+
+
+def test_a_run_of_other_sources_of_this_package_is_neither_continued_nor_merged(
+    std_2d, in_peace, tmp_path, capsys, monkeypatch
+):
+    """Its version stays the same through many commits. Of a run that has no such digest nobody knows."""
+    other = tmp_path / "other"
+    named = "version of nnunet_ima's sources: {} there, {} here".format
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_ima.evaluation.environment.SOURCES", "0123456789abcdef")
+        assert named(SOURCES, "0123456789abcdef") in sentence(capsys, "-m", str(std_2d), "-o", str(in_peace), *WAY)
+        evaluate(std_2d, other)
+    answer = sentence(capsys, "--merge", str(in_peace), str(other), "-o", str(tmp_path / "joined"))
+    assert named(SOURCES, "0123456789abcdef") in answer
+    # What is finished is still reported, beside runs of other sources.
+    assert main(["report", str(in_peace), str(other), "--names", "A", "B", "-o", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert SOURCES in page
+    assert "0123456789abcdef" in page
+    run = read(other / "run.json")
+    del run["identity"]["version of"]["nnunet_ima's sources"]
+    write(other / "run.json", sealed(run))
+    assert named(None, SOURCES) in sentence(capsys, "-m", str(std_2d), "-o", str(other), *WAY)
 
 
 def test_runs_of_different_models_are_not_merged(std_2d, in_peace, tmp_path, capsys):
