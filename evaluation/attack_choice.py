@@ -71,6 +71,14 @@ def members_of_choice(choice: AttackChoice) -> dict[str, dict[str, Any]] | None:
     return {name: _settings_of(member) for name, member in attack.chosen_members().items()}
 
 
+def definition_of(choice: AttackChoice) -> dict[str, Any]:
+    """All that stands behind what the user wrote, defaults and an ensemble's members too, for JSON."""
+    attack = choice.make(ThreatModel("l2", 0.0))
+    settings = {"mode": attack.mode, **_settings_of(attack)}
+    members = members_of_choice(choice)
+    return settings if members is None else {**settings, "members": members}
+
+
 def _settings_of(attack: Attack) -> dict[str, Any]:
     own = {field.name: getattr(attack, field.name) for field in fields(attack) if field.name not in _SHARED}
     return {"attack": attack.name, "loss": attack.loss or attack.default_loss, **own}

@@ -22,7 +22,7 @@ class Baseline:
     """Counts of a run's samples.
 
     Attributes:
-        about: model, protocol, classes and so on, of summary.json.
+        about: model, its training, protocol, attacks, classes and so on, of summary.json.
         samples: case and tile of each.
         counts: by condition, (samples, F, 3) of the tp, fp, fn that TVDI pools.
     """
@@ -31,6 +31,18 @@ class Baseline:
     samples: list[tuple[str, int]]
     counts: dict[Key, Array]
 
+    @property
+    def sizes(self) -> Array:
+        """Voxels of each sample's reference by class, (samples, F)."""
+        counts = self.counts[UNTOUCHED]
+        sizes: Array = counts[:, :, 0] + counts[:, :, 2]
+        return sizes
+
+
+def same_samples(one: Baseline, other: Baseline) -> bool:
+    """Whether both are of the same samples; with other labels they are others."""
+    return one.samples == other.samples and np.array_equal(one.sizes, other.sizes)
+
 
 def baseline_of(results: Results) -> Baseline:
     """Of a finished run."""
@@ -38,6 +50,8 @@ def baseline_of(results: Results) -> Baseline:
     samples = list(zip(table.cases.tolist(), table.tiles.tolist(), strict=True))
     names = ("model", "protocol", "criterion", "classes", "patch_size", "seed", "versions")
     about = {name: results.summary[name] for name in names}
+    # Older runs do not tell.
+    about |= {name: results.summary[name] for name in ("attacks", "training") if name in results.summary}
     # Which samples: those of older runs were chosen by the attacks' seed.
     about["max_samples"] = results.summary["max_samples"]
     about["samples_seed"] = results.summary.get("samples_seed", results.summary["seed"])

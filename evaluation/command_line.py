@@ -6,6 +6,7 @@ import argparse
 import errno
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,22 @@ from nnunet_ima.lp import NORMS
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; a user's mistake ends with one sentence on standard error and status 2."""
     options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except Exception as error:
+        if options.run is not _gate:
+            raise
+        # Python would end with 1, which of a gate means that a rule is broken.
+        traceback.print_exc()
+        print(
+            f"nnunet_ima: The gate failed with an error of its own ({type(error).__name__}), so nothing is said of the "
+            f"model; report it with what stands above.",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
     # MONAI and torch warn of their own future changes, which no user of this command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
@@ -270,10 +287,11 @@ def _gate(options: argparse.Namespace) -> int:
 
     try:
         return _judge(options)
-    except UserError as error:
+    except Exception as error:
         if options.output:
             # What an earlier gate left there must not look like this one's answer.
-            unknown = gate.Judgement("the gate could be judged", "", "", gate.Verdict.UNKNOWN, str(error))
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            unknown = gate.Judgement("the gate could be judged", "", "", gate.Verdict.UNKNOWN, why)
             gate.write_gate(options.output, str(options.run_folder), [unknown])
         raise
 
@@ -281,6 +299,7 @@ def _gate(options: argparse.Namespace) -> int:
 def _judge(options: argparse.Namespace) -> int:
     from nnunet_ima.evaluation import baseline as kept
     from nnunet_ima.evaluation import gate
+    from nnunet_ima.evaluation.changes import what_changed
     from nnunet_ima.evaluation.results import read_results
 
     if not (options.baseline or options.min or options.write_baseline):
@@ -289,14 +308,16 @@ def _judge(options: argparse.Namespace) -> int:
         raise UserError(f"--max-drop is {options.max_drop:g}; it must be between 0 and 100 points.")
     minima = [gate.parse_minimum(text) for text in options.min]
     results = read_results(options.run_folder)
-    judgements = [gate.judge_trust(results)]
+    judgements, changes = [gate.judge_trust(results)], None
     if options.baseline:
-        judgements += gate.judge_drop(results, kept.read_baseline(options.baseline), options.max_drop)
+        baseline = kept.read_baseline(options.baseline)
+        judgements += gate.judge_drop(results, baseline, options.max_drop)
+        changes = what_changed(kept.baseline_of(results), baseline)
     judgements += [gate.judge_minimum(results, minimum) for minimum in minima]
     if options.output:
-        gate.write_gate(options.output, results.title, judgements)
+        gate.write_gate(options.output, results.title, judgements, changes)
     verdict = gate.overall(judgements)
-    print(gate.markdown(results.title, judgements))
+    print(gate.markdown(results.title, judgements, changes))
     if options.write_baseline and verdict is gate.Verdict.MET:
         kept.write_baseline(kept.baseline_of(results), options.write_baseline)
         print(f"Written to {options.write_baseline}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ima.evaluation.attack_choice import members_of_choice
+from nnunet_ima.evaluation.attack_choice import definition_of, members_of_choice
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.hardware import hardware
 from nnunet_ima.evaluation.identity import digest
@@ -30,11 +30,7 @@ def identify(evaluation: Evaluation, cases: Sequence[str], chunk: int) -> dict[s
     members = {attack.text: members_of_choice(attack) for attack in evaluation.attacks}
     ensembles = {text: found for text, found in members.items() if found is not None}
     return {
-        "model": {
-            **model.describe(),
-            "plans.json": digest(model.plans.plans),
-            "dataset.json": digest(model.dataset_json),
-        },
+        "model": _model(model),
         "protocol": evaluation.protocol.name,
         "norm": evaluation.protocol.norm,
         "levels": [level.text for level in evaluation.levels],
@@ -60,7 +56,8 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
     """The head of summary.json."""
     model, protocol = evaluation.model, evaluation.protocol
     return {
-        "model": model.describe(),
+        "model": _model(model),
+        "training": model.training,
         "protocol": {
             "name": protocol.name,
             "norm": protocol.norm,
@@ -71,6 +68,8 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
             "dice_threshold": evaluation.criterion.threshold,
             "dice_reduction": evaluation.criterion.reduction,
         },
+        # What stands behind these names may change with our version.
+        "attacks": {attack.text: definition_of(attack) for attack in evaluation.attacks},
         "classes": [_name_of(region, model.dataset_json) for region in model.foreground],
         "labels": [_key(region) for region in model.foreground],
         "patch_size": [int(size) for size in model.configuration.patch_size],
@@ -90,6 +89,14 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": command,
         "versions": versions(),
+    }
+
+
+def _model(model: TrainedModel) -> dict[str, Any]:
+    return {
+        **model.describe(),
+        "plans.json": digest(model.plans.plans),
+        "dataset.json": digest(model.dataset_json),
     }
 
 

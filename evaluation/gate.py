@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from fractions import Fraction
@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.baseline import Baseline, baseline_of
+from nnunet_ima.evaluation.baseline import Baseline, baseline_of, same_samples
+from nnunet_ima.evaluation.changes import other_attack, same_model
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
 from nnunet_ima.evaluation.statistics import FEWEST, Interval, tvdi_difference, tvdi_interval, units
 from nnunet_ima.files import write_text
@@ -23,6 +24,7 @@ _RULE = re.compile(
     r"(?:(?P<attack>\S+)@(?P<norm>l2|linf):(?P<level>\S+)|clean)\s+(?P<metric>\w+)\s*>=\s*(?P<limit>\S+)"
 )
 METRICS = ("tvdi",)
+CHANGES = "What changed since the baseline"
 
 
 class Verdict(IntEnum):
@@ -107,14 +109,15 @@ def judge_minimum(results: Results, minimum: Minimum) -> Judgement:
 def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterator[Judgement]:
     """For every condition of the baseline: did TVDI fall by more than ``max_drop`` points?
 
-    The same samples are compared one with the other; of other samples only the two intervals.
+    The same samples are compared one with the other; of other samples only the two intervals. An attack that is not the
+    baseline's tells nothing; nor did a model get worse that is the baseline's own.
 
     Raises:
         UserError: the baseline is of other data, another protocol or norm.
     """
     _refuse_incomparable(results, baseline)
     ours, norm = baseline_of(results), results.summary["protocol"]["norm"]
-    paired = ours.samples == baseline.samples and np.array_equal(_sizes(ours), _sizes(baseline))
+    paired, unchanged = same_samples(ours, baseline), same_model(ours, baseline)
     cases, theirs = ([case for case, _ in which] for which in (ours.samples, baseline.samples))
     for key, before in baseline.counts.items():
         name = "clean" if key == UNTOUCHED else f"{key[0]}@{norm}:{key[1]}"
@@ -127,6 +130,15 @@ def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterato
             yield Judgement(rule, _share(old), "not run", Verdict.UNKNOWN, sentence)
             continue
         after = ours.counts[there]
+        other = other_attack(ours, baseline, key[0])
+        if other:
+            sentence = (
+                f"the attack of that name is another one than the baseline's ({'; '.join(other)}), so the figures say "
+                f"nothing of the model; make a new baseline with nnunet_ima gate RUN --write-baseline FILE."
+            )
+            now = _share(tvdi_interval(units(cases, after)[1]))
+            yield Judgement(rule, _share(old), now, Verdict.UNKNOWN, sentence)
+            continue
         new_counts = units(cases, after)[1]
         new = tvdi_interval(new_counts)
         if paired and np.array_equal(after, before):
@@ -134,14 +146,10 @@ def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterato
             continue
         change = tvdi_difference(new_counts, old_counts).interval if paired else _unpaired(new, old)
         verdict, why = _judge_change(change, max_drop / 100, paired)
+        if verdict is Verdict.BROKEN and unchanged:
+            verdict = Verdict.UNKNOWN
+            why += " But the model is the baseline's own, so something else changed; see below."
         yield Judgement(rule, _share(old), _share(new), verdict, why + _caveat(unit))
-
-
-def _sizes(baseline: Baseline) -> np.ndarray[Any, Any]:
-    """Voxels of each sample's reference, by class: other labels are other samples."""
-    counts = baseline.counts[UNTOUCHED]
-    sizes: np.ndarray[Any, Any] = counts[:, :, 0] + counts[:, :, 2]
-    return sizes
 
 
 def _caveat(unit: str) -> str:
@@ -171,25 +179,36 @@ def overall(judgements: Sequence[Judgement]) -> Verdict:
     return Verdict.BROKEN if Verdict.BROKEN in verdicts else max(verdicts, default=Verdict.MET)
 
 
-def write_gate(folder: Path, title: str, judgements: Sequence[Judgement]) -> None:
+def write_gate(
+    folder: Path, title: str, judgements: Sequence[Judgement], changes: Mapping[str, str] | None = None
+) -> None:
     """Write gate.md and junit.xml."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "gate.md", markdown(title, judgements))
-    write_text(folder / "junit.xml", junit(title, judgements))
+    write_text(folder / "gate.md", markdown(title, judgements, changes))
+    write_text(folder / "junit.xml", junit(title, judgements, changes))
 
 
-def markdown(title: str, judgements: Sequence[Judgement]) -> str:
-    """For people, and for what a CI service shows of a run."""
+def markdown(title: str, judgements: Sequence[Judgement], changes: Mapping[str, str] | None = None) -> str:
+    """For people, and for what a CI service shows of a run.
+
+    Args:
+        title: of the run.
+        judgements: in order.
+        changes: since the baseline, see :func:`~nnunet_ima.evaluation.changes.what_changed`; None without one.
+    """
     lines = [f"## Robustness gate: {overall(judgements).word}", "", title, ""]
     lines += ["| rule | before | now | verdict | why |", "| --- | --- | --- | --- | --- |"]
     for one in judgements:
         cells = (one.rule, one.before, one.now, f"**{one.verdict.word}**", one.sentence)
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join([*lines, "", "TVDI in %, with 95 % intervals.", ""])
+    lines += ["", "TVDI in %, with 95 % intervals.", ""]
+    if changes:
+        lines += [f"### {CHANGES}", "", *(f"- {line}" for line in _lines(changes)), ""]
+    return "\n".join(lines)
 
 
-def junit(title: str, judgements: Sequence[Judgement]) -> str:
-    """A test case for each rule: a broken one has failed, one that cannot be told is an error."""
+def junit(title: str, judgements: Sequence[Judgement], changes: Mapping[str, str] | None = None) -> str:
+    """A test case for each rule: a broken one has failed, one that cannot be told is an error; then what changed."""
     counted = [sum(one.verdict is verdict for one in judgements) for verdict in (Verdict.BROKEN, Verdict.UNKNOWN)]
     suite = ElementTree.Element(
         "testsuite", name="nnunet_ima gate", tests=str(len(judgements)), failures=str(counted[0]),
@@ -201,8 +220,15 @@ def junit(title: str, judgements: Sequence[Judgement]) -> str:
             kind = "failure" if one.verdict is Verdict.BROKEN else "error"
             what = ElementTree.SubElement(case, kind, message=_printable(one.sentence))
             what.text = _printable(f"before {one.before}, now {one.now}")
+    if changes:
+        said = ElementTree.SubElement(suite, "system-out")
+        said.text = "\n".join([f"{CHANGES}:", *map(_printable, _lines(changes))])
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def _lines(changes: Mapping[str, str]) -> list[str]:
+    return [f"{subject}: {' '.join(said.split())}" for subject, said in changes.items()]
 
 
 def _judge_change(change: Interval, allowed: float, paired: bool) -> tuple[Verdict, str]:

@@ -20,7 +20,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager, deter
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_ima.checkpoints import noted_training_cases, safe_load, started_from_unknown
+from nnunet_ima.checkpoints import noted_settings, noted_training_cases, safe_load, started_from_unknown
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import find_trainer, nnunet_folder
 from nnunet_ima.labels import Labels
@@ -43,6 +43,7 @@ class TrainedModel:
         training_cases: that the weights are known to have learned from; empty if the checkpoint does not tell.
         started_from_unknown: whether it started with nnU-Net's ``-pretrained_weights``, whose cases nobody noted.
         margins: of an IMA training, quantiles of the margins after each epoch by name; else empty.
+        training: settings that one of our trainers noted; else empty.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class TrainedModel:
     training_cases: frozenset[str] = frozenset()
     started_from_unknown: bool = False
     margins: dict[str, list[float]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label_manager(self) -> LabelManager:
@@ -155,6 +157,7 @@ def load_model(folder: Path, fold: Fold, checkpoint_name: str, device: torch.dev
         training_cases=noted_training_cases(checkpoint) or frozenset(),
         started_from_unknown=started_from_unknown(checkpoint),
         margins=_logged_margins(checkpoint),
+        training=noted_settings(checkpoint),
     )
 
 

@@ -58,6 +58,14 @@ def noted_training_cases(checkpoint: Mapping[str, Any]) -> frozenset[str] | None
     return frozenset(map(str, noted)) if isinstance(noted, list) else None
 
 
+def noted_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that one of our trainers noted down, as far as they are numbers and words; none of others."""
+    ours = checkpoint["init_args"].get(KEY)
+    noted = ours.get("settings") if isinstance(ours, Mapping) else None
+    values = noted.items() if isinstance(noted, Mapping) else ()
+    return {str(name): value for name, value in values if value is None or isinstance(value, (str, int, float))}
+
+
 def started_from_unknown(checkpoint: Mapping[str, Any]) -> bool:
     """Whether one of our trainers noted that it started with ``-pretrained_weights``."""
     ours = checkpoint["init_args"].get(KEY)

@@ -19,6 +19,8 @@ from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, EndToEndScor
 from nnunet_ima.evaluation.protocols import Protocol, parse_level
 from nnunet_ima.evaluation.records import Records, part_folder
 
+# Of a structure's voxels, standard deviation over the attacks' seeds.
+MOVED_BY_A_SEED = 0.018
 NOISE, ATTACK, ENSEMBLE = "white-noise:draws=3", "apgd:steps=4", "autoattack:version=fast"
 
 
@@ -31,6 +33,7 @@ def make_run(
     further: Mapping[str, Mapping[str, float]] | None = None, patch: tuple[int, ...] = (24, 20),
     clamped: float | None = None, members: Mapping[str, Mapping[str, float]] | None = None,
     end_to_end: float | None = None, date: str | None = "2026-11-26", shift: int = 0,
+    about: Mapping[str, Any] | None = None, files: Mapping[str, str | None] | None = None,
 ) -> Path:  # fmt: skip
     """A run whose samples' Dice scatter around the given ones.
 
@@ -44,7 +47,10 @@ def make_run(
         end_to_end: what the cases lose more when they are attacked as a whole.
         date: on which it was begun; None as in runs that do not tell.
         shift: by which the structures of samples that are shown lie elsewhere.
-        jitter: 0, or the seed of a few voxels that fall out differently.
+        jitter: 0, or another seed of the attacks: of each attacked sample some voxels fall out differently, as many as
+            move TVDI by as much as real seeds did (docs/gate.md).
+        about: entries of the summary's head that differ; None for those that runs of before did not have.
+        files: what of the model differs: ``sha256``, ``plans.json`` or ``dataset.json``.
     """
     attacked = attacked or {"2": 0.8, "8": 0.5}
     by_attack = {**({NOISE: noise} if noise else {}), ATTACK: attacked, **(further or {})}
@@ -56,6 +62,7 @@ def make_run(
     model = {
         "dataset": dataset, "trainer": title, "plans": "nnUNetPlans", "configuration": "2d", "fold": 0,
         "checkpoint": "checkpoint_final.pth", "sha256": f"{title} {seed} {clean}",
+        "plans.json": "planned", "dataset.json": "described", **(files or {}),
     }  # fmt: skip
     identity = {
         "model": model, "protocol": protocol, "norm": norm, "levels": list(attacked), "attacks": list(by_attack),
@@ -63,6 +70,11 @@ def make_run(
         **({} if end_to_end is None else {"end to end": "window"}),
     }  # fmt: skip
     head = _head(model, Protocol(protocol, norm), classes, margins or {}, trained_on, patch, date)
+    head["attacks"] = {attack: {"attack": attack.partition(":")[0], "steps": 4} for attack in by_attack}
+    for name, value in (about or {}).items():
+        head[name] = value
+        if value is None:
+            del head[name]
     if end_to_end is not None:
         head["end_to_end"] = {"mirrored_axes": [0, 1], "mirroring_known_to_the_attack": False}
     folder.mkdir(parents=True)
@@ -107,8 +119,9 @@ def _score(sample: SampleKey, wanted: float, clean: float, classes: int, seed: i
     # What makes a sample hard is the same for all models; the seed adds what is particular to one.
     hard, own = (np.random.default_rng([number, which]).normal(0, 0.05) for which in (1, seed + 2))
     hits = np.round(size * np.clip(wanted + hard + 0.3 * own, 0, 1))
-    if jitter:
-        hits = np.clip(hits + np.random.default_rng([number, jitter, 7]).integers(-1, 2, classes), 0, size)
+    if jitter and wanted != clean:
+        moved = np.random.default_rng([number, jitter, 7]).normal(0, MOVED_BY_A_SEED, classes)
+        hits = np.clip(np.round(hits + size * moved), 0, size)
     counts = np.stack([hits, size - hits, size - hits], -1).astype(float)
     untouched = clean if wanted == clean else _score(sample, clean, clean, classes, seed, jitter).dice
     return SampleScore(sample, counts, float((hits / size).mean()), untouched, 5.0, 5.0, 9, 8)
@@ -160,5 +173,6 @@ def _head(
         "patch_size": list(patch),
         "seed": 0, "max_samples": None, "trained_on_these_cases": trained_on, "started_from_unknown_weights": False,
         "margins_by_epoch": dict(margins), "device": "cpu", "command": "nnunet_ima evaluate ...",
-        "versions": {"nnunet_ima": "0.1.0"}, **({} if date is None else {"date": date}),
+        "versions": {"nnunet_ima": "0.1.0", "nnunet_ima's sources": "a1"}, "training": {"epsilon": 15.0, "steps": 20},
+        **({} if date is None else {"date": date}),
     }  # fmt: skip

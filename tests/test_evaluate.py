@@ -143,7 +143,14 @@ def test_the_summary_has_every_field(report):
     assert {"schema", "model", "protocol", "seed", "versions", "clean", "results"} <= summary.keys()
     assert {"name", "norm", "range", "unit"} <= summary["protocol"].keys()
     assert "clamp_only" not in summary
-    assert {"nnunet_ima", "nnunetv2", "torch", "python"} <= summary["versions"].keys()
+    assert {"nnunet_ima", "nnunet_ima's sources", "nnunetv2", "torch", "python"} <= summary["versions"].keys()
+    assert {"sha256", "plans.json", "dataset.json"} <= summary["model"].keys()
+    assert summary["training"]["num_iterations_per_epoch"] == 120
+    assert {name: about["attack"] for name, about in summary["attacks"].items()} == {
+        "white-noise:draws=3": "white-noise",
+        "apgd:steps=4": "apgd",
+    }
+    assert summary["attacks"]["apgd:steps=4"]["loss"] == "dice-ce"
     assert abs(date.fromisoformat(summary["date"]) - date.today()) <= timedelta(days=1)
     figures = {"tvdi", "adi", "case_dice", "robust_share", "n_samples", "n_cases"}
     assert figures <= summary["clean"].keys()

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,9 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from results_of_runs import make_run
 
+from nnunet_ima.attacks import APGD
+from nnunet_ima.attacks.autoattack import VERSIONS
+from nnunet_ima.evaluation.attack_choice import definition_of, parse_attack
 from nnunet_ima.evaluation.baseline import baseline_of
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.gate import Judgement, Verdict, _judge_change, junit, markdown, overall, parse_minimum
+from nnunet_ima.evaluation.identity import differences
 from nnunet_ima.evaluation.results import read_results
 from nnunet_ima.evaluation.statistics import Interval
 from nnunet_ima.evaluation.summary import markdown_table
@@ -41,21 +46,49 @@ def good(tmp_path) -> Path:
     return make_run(tmp_path / "good", clean=0.9, attacked={"2": 0.8, "8": 0.6}, seed=0)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_model_that_did_not_change_passes_whatever_the_attacks_seed(gate, good, tmp_path, seed):
-    """Another seed of the attack changes a few voxels here and there."""
-    again = make_run(tmp_path / "again", clean=0.9, attacked={"2": 0.8, "8": 0.6}, seed=0, jitter=seed)
-    status, text = gate(again, "--baseline", good, "--max-drop", "1.0")
-    assert (status, "BROKEN" in text) == (0, False), text
+SEEDS = range(1, 21)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory) -> dict[int, Path]:
+    """The good model attacked with other seeds; the gate does not know that it is the same, which would let it off."""
+    folder = tmp_path_factory.mktemp("seeds")
+    return {
+        seed: make_run(
+            folder / str(seed), clean=0.9, attacked={"2": 0.8, "8": 0.6}, jitter=seed, files={"sha256": f"anew {seed}"}
+        )
+        for seed in SEEDS
+    }
+
+
+def test_the_simulated_seeds_move_tvdi_as_the_measured_ones_do(good, seeds):
+    """docs/gate.md: from 60.0 to 61.0 over twenty seeds with 0.23 points of deviation, and clean not at all."""
+    for key, lowest, highest in ((("clean", "0"), 0, 0), (("apgd:steps=4", "8"), 1.0, 1.5)):
+        values = [100 * read_results(run).figures(key)["tvdi"] for run in seeds.values()]
+        assert lowest <= max(values) - min(values) <= highest
+        if highest:
+            assert len(set(values)) == len(values)
+            assert 0.2 <= np.std(values, ddof=1) <= 0.35
+            assert abs(100 * read_results(good).figures(key)["tvdi"] - np.mean(values)) < 0.3
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_model_that_did_not_change_passes_whatever_the_attacks_seed(gate, good, seeds, seed):
+    """With 5 points; that 1 is too little for so few samples was measured, but even then nothing is called broken."""
+    status, text = gate(seeds[seed], "--baseline", good, "--max-drop", "5")
+    assert status == 0, text
+    status, text = gate(seeds[seed], "--baseline", good, "--max-drop", "1")
+    assert status in (0, 2), text
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_fragile_model_is_stopped(gate, good, tmp_path, seed):
-    fragile = make_run(tmp_path / "fragile", clean=0.91, attacked={"2": 0.6, "8": 0.2}, seed=seed + 1)
+    fragile = make_run(tmp_path / "fragile", clean=0.91, attacked={"2": 0.6, "8": 0.2}, seed=seed, jitter=seed)
     status, text = gate(fragile, "--baseline", good, "--max-drop", "1.0")
     assert status == 1
     assert "apgd:steps=4@l2:8: no more than 1 points" in text
     assert "clean: no more than 1 points below the baseline" in text
+    assert gate(fragile, "--baseline", good, "--max-drop", "5")[0] == 1
 
 
 def test_the_same_run_passes_even_if_there_is_little_of_it(gate, tmp_path):
@@ -137,21 +170,126 @@ def test_both_files_say_the_same(gate, good, tmp_path):
     assert (tmp_path / "out" / "gate.md").read_text() in text
     suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()
     assert status == 1
-    assert int(suite.attrib["tests"]) == len(suite) == 4
+    assert int(suite.attrib["tests"]) == len(suite.findall("testcase")) == 4
     assert int(suite.attrib["failures"]) == len(suite.findall("testcase/failure")) == text.count("**BROKEN**")
     assert int(suite.attrib["errors"]) == len(suite.findall("testcase/error")) == text.count("**cannot tell**")
+
+
+# ---- not the model but the attack
+
+
+OTHER_ATTACK = {"attacks": {"apgd:steps=4": {"attack": "apgd", "steps": 4, "loss": "balanced-ce"}}}
+
+
+def test_another_attack_of_the_same_name_says_nothing_of_the_model(gate, good, tmp_path):
+    """Its members or budgets may change with our version; then TVDI falls, and no model got worse."""
+    file = tmp_path / "baseline.json"
+    gate(good, "--write-baseline", file)
+    values = {"clean": 0.9, "attacked": {"2": 0.6, "8": 0.2}, "about": OTHER_ATTACK}
+    stronger = make_run(tmp_path / "stronger", **values, files={"sha256": "trained anew"})
+    for baseline in (good, file):
+        status, text = gate(stronger, "--baseline", baseline, "-o", tmp_path / "out")
+        assert status == 2
+        assert text.count("another one than the baseline's (loss: None there, balanced-ce here)") == 2
+        assert "make a new baseline with nnunet_ima gate RUN --write-baseline FILE" in text
+        assert "- attacks: apgd:steps=4 loss: None there, balanced-ce here" in text
+    # What is not attacked can still be told, and a weaker attack hides nothing.
+    worse = make_run(tmp_path / "worse", **{**values, "clean": 0.5}, seed=1)
+    assert gate(worse, "--baseline", good)[0] == 1
+    weaker = make_run(tmp_path / "weaker", **{**values, "attacked": {"2": 0.89, "8": 0.88}}, seed=1)
+    assert gate(weaker, "--baseline", good)[0] == 2
+
+
+def test_the_definition_of_an_attack_is_all_that_its_name_stands_for(monkeypatch):
+    one = definition_of(parse_attack("apgd:steps=20"))
+    assert (one["attack"], one["steps"], one["loss"], one["mode"]) == ("apgd", 20, "dice-ce", "dice")
+    choice = parse_attack("autoattack:version=fast,mode=threshold")
+    before = definition_of(choice)
+    assert (before["version"], before["mode"]) == ("fast", "threshold")
+    assert before["members"]["apgd-balanced-ce"]["steps"] == 50
+    assert json.loads(json.dumps(before)) == before
+    monkeypatch.setitem(VERSIONS["fast"], "apgd-balanced-ce", partial(APGD, loss="balanced-ce", steps=70))
+    assert differences(before, definition_of(choice)) == ["members apgd-balanced-ce steps: 50 there, 70 here"]
+
+
+@pytest.mark.parametrize(
+    ("files", "status"),
+    [({}, 2), ({"sha256": "trained anew"}, 1), ({"plans.json": "planned anew"}, 1), ({"dataset.json": "other"}, 1)],
+)
+def test_a_model_that_did_not_change_is_not_blamed(gate, good, tmp_path, files, status):
+    """Whatever our version does better now: the same weights did not get worse."""
+    hit_harder = make_run(tmp_path / "hit_harder", clean=0.9, attacked={"2": 0.6, "8": 0.2}, files=files)
+    found, text = gate(hit_harder, "--baseline", good)
+    assert found == status
+    assert ("the model is the baseline's own, so something else changed" in text) == (not files)
+    assert (": the model is unchanged" in text) == (not files)
+
+
+def test_what_changed_is_said_in_all_three_places(gate, good, tmp_path):
+    now = make_run(
+        tmp_path / "now", clean=0.9, attacked={"2": 0.8, "8": 0.6}, cases=9, title="nnUNetTrainerIMA",
+        files={"sha256": "f" * 64, "plans.json": "planned anew"},
+        about={"seed": 3, "versions": {"nnunet_ima": "0.1.0", "nnunet_ima's sources": "b2"},
+               "training": {"epsilon": 10.0, "steps": 20}},
+    )  # fmt: skip
+    _, text = gate(now, "--baseline", good, "--max-drop", "10", "-o", tmp_path / "out")
+    lines = [
+        "weights: nnUNetTraine there, ffffffffffff here", "plans.json: planned there, planned anew here",
+        "dataset.json: the same", "names: trainer: nnUNetTrainerSTD there, nnUNetTrainerIMA here",
+        "training: epsilon: 15.0 there, 10.0 here", "attacks: the same", "seed: 0 there, 3 here",
+        "samples: 40 of 8 cases there, 45 of 9 cases here", "versions: nnunet_ima's sources: a1 there, b2 here",
+    ]  # fmt: skip
+    said = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot().find("system-out").text
+    assert said.splitlines() == ["What changed since the baseline:", *lines]
+    shown = "\n".join(["### What changed since the baseline", "", *(f"- {line}" for line in lines)])
+    assert shown in text
+    assert shown in (tmp_path / "out" / "gate.md").read_text()
+    _, text = gate(good, "--baseline", good)
+    assert "- weights: the same (sha256 nnUNetTraine): the model is unchanged\n" in text
+    assert text.count(": the same\n") == 8
+    assert "What changed" not in gate(good, "--min", "clean tvdi>=0.5")[1]
+
+
+@pytest.mark.parametrize("older", ["the baseline", "this run"])
+def test_what_older_versions_did_not_note_is_said_and_judged(gate, good, tmp_path, older):
+    values = {"clean": 0.9, "attacked": {"2": 0.8, "8": 0.6}}
+    old = make_run(
+        tmp_path / "old", **values, jitter=1,
+        about={"attacks": None, "training": None, "versions": {"nnunet_ima": "0.1.0"}},
+        files={"plans.json": None, "dataset.json": None},
+    )  # fmt: skip
+    file = tmp_path / "baseline.json"
+    before, now = (old, good) if older == "the baseline" else (good, old)
+    gate(before, "--write-baseline", file)
+    status, text = gate(now, "--baseline", file, "--max-drop", "5")
+    assert status == 0
+    for subject in ("attacks", "training", "plans.json"):
+        assert f"- {subject}: not known of {older}\n" in text
+    there, here = ("not noted", "a1") if older == "the baseline" else ("a1", "not noted")
+    assert f"- versions: nnunet_ima's sources: {there} there, {here} here\n" in text
+    # What is not known is no excuse.
+    fragile = make_run(tmp_path / "fragile", clean=0.9, attacked={"2": 0.6, "8": 0.2})
+    assert gate(fragile, "--baseline", old)[0] == 1
+
+
+# ---- what is written
 
 
 verdicts = st.sampled_from(Verdict)
 
 
-@given(st.lists(st.builds(Judgement, st.text(), st.text(), st.text(), verdicts, st.text())), st.text())
-def test_whatever_stands_in_a_rule_the_files_can_be_read(judgements, title):
-    suite = ElementTree.fromstring(junit(title, judgements).partition("\n")[2])
-    assert len(suite) == len(judgements)
+@given(
+    st.lists(st.builds(Judgement, st.text(), st.text(), st.text(), verdicts, st.text())), st.text(),
+    st.dictionaries(st.text(), st.text()),
+)  # fmt: skip
+def test_whatever_stands_in_a_rule_the_files_can_be_read(judgements, title, changes):
+    suite = ElementTree.fromstring(junit(title, judgements, changes).partition("\n")[2])
+    assert len(suite.findall("testcase")) == len(judgements)
+    assert len(suite.findall("system-out")) == bool(changes)
     assert len(suite.findall("testcase/failure")) == sum(one.verdict is Verdict.BROKEN for one in judgements)
-    table = [line for line in markdown("", judgements).split("\n") if line.startswith("| ")]
-    assert len(table) == len(judgements) + 2
+    lines = markdown("", judgements, changes).split("\n")
+    assert len([line for line in lines if line.startswith("| ")]) == len(judgements) + 2
+    assert len([line for line in lines if line.startswith("- ")]) == len(changes)
 
 
 @given(st.lists(verdicts))
@@ -187,6 +325,40 @@ def test_a_gate_that_cannot_be_judged_leaves_no_green_file(gate, good, tmp_path)
     suite = ElementTree.parse(out / "junit.xml").getroot()
     assert int(suite.attrib["errors"]) == 1
     assert "cannot tell" in (out / "gate.md").read_text()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), RuntimeError("shapes"), OSError("no disk")])
+@pytest.mark.parametrize("where", ["judge_trust", "markdown", "write_gate", "overall"])
+def test_an_error_of_the_gates_own_is_no_broken_rule(good, tmp_path, capsys, monkeypatch, where, error):
+    """Python would end with 1."""
+    out, calls = tmp_path / "out", []
+
+    def fail(*arguments: object) -> None:
+        calls.append(arguments)
+        raise error
+
+    assert main(["gate", str(good), "--baseline", str(good), "-o", str(out)]) == 0
+    monkeypatch.setattr(f"nnunet_ima.evaluation.gate.{where}", fail)
+    assert main(["gate", str(good), "--baseline", str(good), "-o", str(out)]) == 2
+    assert calls
+    written = capsys.readouterr().err
+    if not isinstance(error, OSError):
+        assert f"{type(error).__name__}: {error}" in written
+        assert "nothing is said of the model" in written.splitlines()[-1]
+    assert written.splitlines()[-1].startswith("nnunet_ima: ")
+    if where == "judge_trust":
+        suite = ElementTree.parse(out / "junit.xml").getroot()
+        assert (suite.attrib["errors"], suite.attrib["failures"]) == ("1", "0")
+        assert str(error) in (out / "gate.md").read_text()
+
+
+def test_errors_of_other_commands_stay_what_they_are(monkeypatch, tmp_path):
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("nnunet_ima.evaluation.command_line.trainers_folder", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["trainers"])
 
 
 def test_an_unknown_rule_does_not_hide_a_broken_one(gate, good, tmp_path):
