@@ -1,12 +1,14 @@
 """Does the gate let an unchanged model pass, and stop one that was trained without IMA, whatever the seed?
 
-On the two models of ``hippocampus_small.py`` of the same length. The baseline is of the hardened model with seed 0, by
+On the two models of ``hippocampus_small.py`` of the same length, or with ``--workflow`` on the two that a run of
+``gate_workflow.py`` left, as its own steps attack and judge them. The baseline is of the hardened model with seed 0, by
 the commands of docs/gate.md; then, for each further seed, both models are attacked again and judged by it: once on the
 baseline's samples with another seed of the attacks (``--seed``), and once with another choice of samples, too
 (``--samples-seed``), which then can only be compared by their intervals. All with the attacks and the number of samples
 of the example workflow. Some twenty minutes of one core for each way; started again, it goes on where it stopped.
 
     python benchmarks/gate_seeds.py -o <folder of hippocampus_small.py> [--seeds 20] [-device cpu]
+    python benchmarks/gate_seeds.py --workflow <folder of gate_workflow.py>/run_1 --ways "same samples" [-o work]
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gate_workflow import JOB, of_stock_model, variables
 from hippocampus_small import IMA, NETWORK, RESULTS, STD_LONGER
 
 from nnunet_ima.evaluation.environment import versions
@@ -32,20 +37,92 @@ from nnunet_ima.files import write_text
 
 ATTACKS = ("white-noise:draws=5", "apgd:loss=balanced-ce,steps=20")
 LEVEL = "5"
-MODELS: dict[str, Method] = {"unchanged": IMA, "without IMA": STD_LONGER}
+SAMPLES = 60
+MODELS = ("unchanged", "without IMA")
 # What was attacked: the baseline's samples, or others.
 WAYS = ("same samples", "other samples")
 # Points that may be lost: the default, the example's, and more.
 DROPS = ("1", "5", "20")
 
 
+@dataclass(frozen=True)
+class Models:
+    """Two models, and how they are attacked.
+
+    Attributes:
+        name: begins the names of their results.
+        shown: how they were named on the command line.
+        environment: nnU-Net's folders, and whatever else an evaluation needs.
+        keys: names of folders, by MODELS.
+        evaluate: by MODELS, arguments of ``nnunet_ima evaluate`` but for seeds, device and output.
+    """
+
+    name: str
+    shown: str
+    environment: dict[str, str]
+    keys: dict[str, str]
+    evaluate: dict[str, list[str]]
+
+
+def of_benchmark(options: argparse.Namespace) -> Models:
+    """Those of ``hippocampus_small.py`` of the same length, with the example workflow's attacks."""
+    pipeline = Pipeline(options.output, "nnUNetPlansSmall", NETWORK, options.device)
+    (dataset,) = pipeline.folders["nnUNet_preprocessed"].glob("Dataset*")
+    methods: dict[str, Method] = dict(zip(MODELS, (IMA, STD_LONGER), strict=True))
+    attacks = ["--levels", LEVEL, "--attacks", *ATTACKS, "--max-samples", str(options.samples), "--no-cases"]
+    return Models(
+        name="",
+        shown="-o WORK",
+        environment=dict(pipeline.steps.environment),
+        keys={model: f"{pipeline.key(method)}_{options.samples}" for model, method in methods.items()},
+        evaluate={
+            model: ["-m", str(pipeline.model(dataset, method)), "-f", str(pipeline.fold(dataset, method)), *attacks]
+            for model, method in methods.items()
+        },
+    )
+
+
+def of_workflow(run: Path, samples: int | None) -> Models:
+    """Those of a run of ``gate_workflow.py``, whose folder is only read, attacked as its own step attacked them.
+
+    Args:
+        run: its folder.
+        samples: instead of the step's own number; None for that.
+    """
+    file = run / "steps" / "Attack.json"
+    if not file.is_file():
+        sys.exit(f"{run} is no finished run of gate_workflow.py: {file} is missing.")
+    # What was run there is not always what the workflow says today.
+    attack = str(json.loads(file.read_text(encoding="utf-8"))["run"])
+    blocks = dict(zip(MODELS, (attack, of_stock_model(attack)), strict=True))
+    # Of an option that comes twice the last one counts.
+    further = [] if samples is None else ["--max-samples", str(samples)]
+    return Models(
+        name="workflow_",
+        shown="--workflow WORK/run_1 -o SEEDS",
+        # One thread, as in the other results, unless the caller says otherwise.
+        environment={"OMP_NUM_THREADS": "1", **os.environ, **variables(run, JOB["env"])},
+        keys={model: f"workflow_{model.replace(' ', '_')}_{samples or 'as_there'}" for model in MODELS},
+        evaluate={model: [*arguments_of(block, "evaluate"), *further] for model, block in blocks.items()},
+    )
+
+
+def arguments_of(block: str, command: str) -> list[str]:
+    """Those of ``nnunet_ima COMMAND`` in the shell of a step."""
+    lines = (shlex.split(line) for line in block.replace("\\\n", " ").splitlines())
+    (found,) = (words[2:] for words in lines if words[:2] == ["nnunet_ima", command])
+    return found
+
+
 def main() -> None:
     """Run whatever is not done yet, then write the results."""
     options = _options()
-    pipeline = Pipeline(options.output, "nnUNetPlansSmall", NETWORK, options.device)
-    os.environ.update(pipeline.steps.environment)
-    baseline = options.output / f"gate_baseline_{options.samples}.json"
-    first = evaluated(pipeline, "unchanged", 0, 0, options)
+    own = options.workflow is not None
+    models = of_workflow(options.workflow.resolve(), options.samples) if own else of_benchmark(options)
+    os.environ.update(models.environment)
+    options.output.mkdir(parents=True, exist_ok=True)
+    baseline = options.output / f"gate_baseline_{models.name}{options.samples or 'as_there'}.json"
+    first = evaluated(models, "unchanged", 0, 0, options)
     if not baseline.is_file() and nnunet_ima("gate", str(first), "--write-baseline", str(baseline))[0]:
         sys.exit(f"{first} makes no baseline: a check failed.")
     for way in options.ways:
@@ -53,17 +130,20 @@ def main() -> None:
             {"way": way, "seed": seed, "model": name, **judged(run, baseline)}
             for seed in range(1, options.seeds + 1)
             for name in MODELS
-            for run in [evaluated(pipeline, name, seed, 0 if way == "same samples" else seed, options)]
+            for run in [evaluated(models, name, seed, 0 if way == "same samples" else seed, options)]
         ]
-        write_results(options, way, figures(first), rows)
+        write_results(options, models, way, figures(first), rows)
 
 
-def write_results(options: argparse.Namespace, way: str, baseline: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write_results(
+    options: argparse.Namespace, models: Models, way: str, baseline: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
     """One JSON and one table for each way, as they may be of different numbers of seeds."""
+    samples = "" if options.samples is None else f" --samples {options.samples}"
     result = {
-        "command": f"python benchmarks/gate_seeds.py -o WORK --seeds {options.seeds} --samples {options.samples}"
+        "command": f"python benchmarks/gate_seeds.py {models.shown} --seeds {options.seeds}{samples}"
         f" --ways '{way}' -device {options.device}",
-        "attacks": [f"{attack}@l2:{LEVEL}" for attack in ATTACKS],
+        "attacks": [name for name in baseline["tvdi"] if name != "clean"],
         "hardware": {
             "machine": platform.machine(),
             "threads": os.environ["OMP_NUM_THREADS"],
@@ -73,7 +153,7 @@ def write_results(options: argparse.Namespace, way: str, baseline: dict[str, Any
         "baseline": baseline,
         "rows": rows,
     }
-    text, stem = table(result), f"gate_seeds_{way.replace(' ', '_')}_{options.samples}"
+    text, stem = table(result), f"gate_seeds_{models.name}{way.replace(' ', '_')}_{baseline['samples']}"
     options.results.mkdir(parents=True, exist_ok=True)
     write_text(options.results / f"{stem}.json", json.dumps(result, indent=1) + "\n")
     write_text(options.results / f"{stem}.md", text)
@@ -82,30 +162,33 @@ def write_results(options: argparse.Namespace, way: str, baseline: dict[str, Any
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("-o", "--output", type=Path, default=Path("demo/benchmark_hippocampus"), help="where to work")
+    parser.add_argument("-o", "--output", type=Path, help="where to work; default: as the models' benchmark does")
+    parser.add_argument("--workflow", type=Path, metavar="RUN", help="the folder of a run of gate_workflow.py")
     parser.add_argument("--seeds", type=int, default=20, help="from 1; the baseline has seed 0")
-    parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--samples", type=int, help=f"default {SAMPLES}, or the workflow's own number")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what is attacked")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON and the table go")
     parser.add_argument("-device", default="cpu")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.workflow is None:
+        options.samples = options.samples or SAMPLES
+        options.output = options.output or Path("demo/benchmark_hippocampus")
+    options.output = options.output or Path("demo/benchmark_gate_seeds")
+    return options
 
 
-def evaluated(pipeline: Pipeline, name: str, seed: int, samples_seed: int, options: argparse.Namespace) -> Path:
+def evaluated(models: Models, name: str, seed: int, samples_seed: int, options: argparse.Namespace) -> Path:
     """The folder of a run, attacked unless it was before.
 
     Raises:
         SystemExit: the evaluation failed.
     """
-    folder = pipeline.output / "gate_seeds" / f"{pipeline.key(MODELS[name])}_{options.samples}_{seed}_{samples_seed}"
+    folder: Path = options.output.resolve() / "gate_seeds" / f"{models.keys[name]}_{seed}_{samples_seed}"
     if not (folder / "summary.json").is_file():
         print(f"{name}: seed {seed}, samples {samples_seed}", flush=True)
-        (dataset,) = pipeline.folders["nnUNet_preprocessed"].glob("Dataset*")
-        method = MODELS[name]
         status, said = nnunet_ima(
-            "evaluate", "-m", str(pipeline.model(dataset, method)), "-f", str(pipeline.fold(dataset, method)),
-            "--levels", LEVEL, "--attacks", *ATTACKS, "--max-samples", str(options.samples), "--no-cases",
-            "--seed", str(seed), "--samples-seed", str(samples_seed), "-device", options.device, "-o", str(folder),
+            "evaluate", *models.evaluate[name], "--seed", str(seed), "--samples-seed", str(samples_seed),
+            "-device", options.device, "-o", str(folder),
         )  # fmt: skip
         if status:
             sys.exit(f"The evaluation in {folder} ended with {status}: {said}")

@@ -34,6 +34,7 @@ from nnunet_ima.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOW = ROOT / "docs" / "examples" / "robustness-gate.yml"
 RESULTS = Path(__file__).parent / "results"
+(JOB,) = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"].values()
 BASELINE = "robustness/baseline.json"
 VERDICTS = {0: "passed", 1: "stopped", 2: "cannot tell"}
 
@@ -77,14 +78,13 @@ def run(options: argparse.Namespace, number: int) -> dict[str, Any]:
     if not link.is_symlink():
         link.symlink_to(options.data.resolve())
     baseline = options.output.resolve() / "run_1" / BASELINE
-    (job,) = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"].values()
     steps = [
-        once(workspace, name, block, job["env"])
-        for name, block in blocks(job, workspace / BASELINE, baseline, first=number == 1)
+        once(workspace, name, block, JOB["env"])
+        for name, block in blocks(JOB, workspace / BASELINE, baseline, first=number == 1)
     ]
-    (attack, judge) = (step["run"] for step in job["steps"] if step.get("name") in ("Attack", "Judge"))
+    (attack, judge) = (step["run"] for step in JOB["steps"] if step.get("name") in ("Attack", "Judge"))
     stock = [
-        once(workspace, f"{name} the stock model", of_stock_model(block), job["env"])
+        once(workspace, f"{name} the stock model", of_stock_model(block), JOB["env"])
         for name, block in (("Attack", attack), ("Judge", judge))
     ]
     return {
@@ -150,15 +150,15 @@ def once(workspace: Path, name: str, block: str, environment: dict[str, str]) ->
 def _bash(workspace: Path, log: Path, block: str, environment: dict[str, str]) -> int:
     """Run shell as GitHub's runner does: ``bash -e``, variables of earlier steps from the file GITHUB_ENV."""
     kept, summary = workspace / "steps" / "github_env", workspace / "steps" / "summary.md"
-    variables = {name: value.replace("${{ github.workspace }}", str(workspace)) for name, value in environment.items()}
+    given = variables(workspace, environment)
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
-    variables.update(line.partition("=")[::2] for line in lines)
-    variables |= {"GITHUB_ENV": str(kept), "GITHUB_STEP_SUMMARY": str(summary), "PYTHONUNBUFFERED": "1"}
+    given.update(line.partition("=")[::2] for line in lines)
+    given |= {"GITHUB_ENV": str(kept), "GITHUB_STEP_SUMMARY": str(summary), "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             ["bash", "-e", "-c", block],
             cwd=workspace,
-            env={**os.environ, **variables},
+            env={**os.environ, **given},
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
@@ -167,6 +167,11 @@ def _bash(workspace: Path, log: Path, block: str, environment: dict[str, str]) -
                 time.sleep(1)
                 bar.update()
     return process.returncode
+
+
+def variables(workspace: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Those of the workflow, in a folder of a run."""
+    return {name: value.replace("${{ github.workspace }}", str(workspace)) for name, value in environment.items()}
 
 
 def _cpu_seconds() -> float:
