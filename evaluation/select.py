@@ -16,7 +16,7 @@ import torch
 from nnunet_ima.checkpoints import safe_load
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
-from nnunet_ima.evaluation.environment import choose_device
+from nnunet_ima.evaluation.environment import choose_device, versions
 from nnunet_ima.evaluation.evaluate import Request, evaluate, read_fold
 from nnunet_ima.evaluation.identity import FILE as RUN_FILE
 from nnunet_ima.evaluation.identity import read_run
@@ -111,7 +111,7 @@ def _check(request: Request, reference: Path | None) -> None:
 
 
 def _measure(request: Request) -> Candidate:
-    """Clean and attacked TVDI; what was measured before on the same file in the same way is read."""
+    """Clean and attacked TVDI; what the same program measured before of the same file in the same way is read."""
     assert request.output is not None
     checkpoint = _model_of(request) / f"fold_{request.fold}" / request.checkpoint
     # Not the command as typed: with another budget for clean Dice, the measurements are the same.
@@ -121,6 +121,8 @@ def _measure(request: Request) -> Candidate:
     begun = read_run(folder)["head"] if (folder / RUN_FILE).is_file() else {}
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else ""
     same = begun.get("command") == request.command and begun["model"]["sha256"] == digest
+    # Candidates are compared with each other, so all are measured by one program.
+    same = same and begun["versions"] == versions()
     if not same and str(begun.get("command", "")).startswith(MINE):
         shutil.rmtree(folder)  # ours, and of another attack or file; anybody else's is refused by evaluate
     file = folder / "summary.json"

@@ -69,6 +69,8 @@ def test_select_measures_chooses_draws_and_copies(hardened, tmp_path, capsys):
 def test_what_was_measured_is_not_measured_again(hardened, tmp_path, monkeypatch):
     assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 0
     before = (tmp_path / "selection.json").read_text(encoding="utf-8")
+    other = tmp_path.with_name("other")
+    shutil.copytree(tmp_path, other)
 
     def never(*_: object) -> None:
         raise AssertionError
@@ -79,6 +81,10 @@ def test_what_was_measured_is_not_measured_again(hardened, tmp_path, monkeypatch
         assert json.loads(before)["candidates"] == read(tmp_path / "selection.json")["candidates"]
         with pytest.raises(AssertionError):
             run("-m", str(hardened), "-o", str(tmp_path), *ATTACK, "--seed", "1")
+        # Two programs' attacks would be compared with each other.
+        patch.setattr("nnunet_ima.evaluation.environment.SOURCES", "0123456789abcdef")
+        with pytest.raises(AssertionError):
+            run("-m", str(hardened), "-o", str(other), "--max-clean-drop", "100", *ATTACK)
 
 
 def test_a_file_that_changed_is_measured_again(hardened, tmp_path):
