@@ -59,7 +59,8 @@ class CaseScore:
     Attributes:
         dice: nnU-Net's, in [0, 1]; NaN if the class neither is nor was found.
         hd95: 95 % Hausdorff distance in mm; NaN if the class is missing in either segmentation.
-        surface_dice: share of both surfaces within 1 mm of each other; NaN as for ``hd95``.
+        surface_dice: share of both surfaces within 1 mm of each other; 0 if the class is missing in one of the
+            segmentations, NaN if in both.
     """
 
     dice: tuple[float, ...]
@@ -74,7 +75,10 @@ def score_case(
     ignore_label: int | None,
     spacing: Sequence[float],
 ) -> CaseScore:
-    """Score a segmentation (Z, Y, X) against the reference; spacing in mm, in the same order of axes."""
+    """Score a segmentation (Z, Y, X) against the reference; spacing in mm, in the same order of axes.
+
+    Of a single slice, or image, the surface is its contour.
+    """
     ignored = None if ignore_label is None else reference == ignore_label
     dice, hd95, surface = [], [], []
     for region in regions:
@@ -94,8 +98,20 @@ def mean_case_dice(scores: Sequence[CaseScore]) -> float:
 
 
 def mean_hd95(scores: Sequence[CaseScore]) -> float:
-    """Mean of the defined distances, per class and then over classes, in mm."""
+    """Mean of the defined distances, per class and then over classes, in mm; see :func:`count_hd95`."""
     return mean_over_classes([score.hd95 for score in scores])
+
+
+def count_hd95(scores: Sequence[CaseScore]) -> tuple[int, int]:
+    """How many structures (a class in a case) have an HD95, and how many are in the reference or were found at all.
+
+    Those without are wiped out, or made up: the worst that can happen to one, and left out of the mean.
+    """
+    defined, there = (
+        int(sum((~np.isnan(values)).sum() for values in rows))
+        for rows in ([score.hd95 for score in scores], [score.surface_dice for score in scores])
+    )
+    return defined, there
 
 
 def mean_surface_dice(scores: Sequence[CaseScore]) -> float:
@@ -110,23 +126,30 @@ def mean_over_classes(rows: Sequence[Sequence[float]]) -> float:
     return nan_mean([nan_mean(list(column)) for column in zip(*rows, strict=True)])
 
 
-def _monai_form(mask: Segmentation) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(mask))[None, None].float()
-
-
 def _surface_distance(found: Segmentation, truth: Segmentation, spacing: Sequence[float]) -> float:
     if not found.any() or not truth.any():
         return float("nan")
-    distance = compute_hausdorff_distance(
-        _monai_form(found), _monai_form(truth), include_background=True, percentile=95, spacing=list(spacing)
-    )
-    return float(distance)
+    masks, spacing = _for_monai(found, truth, spacing)
+    return float(compute_hausdorff_distance(*masks, include_background=True, percentile=95, spacing=spacing))
 
 
 def _surface_share(found: Segmentation, truth: Segmentation, spacing: Sequence[float]) -> float:
     if not found.any() or not truth.any():
-        return float("nan")
-    share = compute_surface_dice(
-        _monai_form(found), _monai_form(truth), [SURFACE_TOLERANCE_MM], include_background=True, spacing=list(spacing)
+        return 0.0 if found.any() or truth.any() else float("nan")
+    masks, spacing = _for_monai(found, truth, spacing)
+    return float(compute_surface_dice(*masks, [SURFACE_TOLERANCE_MM], include_background=True, spacing=spacing))
+
+
+def _for_monai(
+    found: Segmentation, truth: Segmentation, spacing: Sequence[float]
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Both masks (1, 1, *axes), and the spacing; without the axis of a single slice.
+
+    Along that axis every voxel would lie next to the outside, and so on the surface.
+    """
+    flat = next((axis for axis, size in enumerate(truth.shape) if size == 1), None)
+    masks = [np.ascontiguousarray(mask if flat is None else mask.squeeze(flat)) for mask in (found, truth)]
+    return (
+        [torch.from_numpy(mask)[None, None].float() for mask in masks],
+        [size for axis, size in enumerate(spacing) if axis != flat],
     )
-    return float(share)

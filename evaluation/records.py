@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -256,7 +257,10 @@ def _sample_score(record: Record) -> SampleScore:
 
 
 def _case_score(record: Record) -> CaseScore:
-    return CaseScore(*(tuple(record[name]) for name in ("dice", "hd95", "surface_dice")))
+    dice, hd95, surface = (tuple(record[name]) for name in ("dice", "hd95", "surface_dice"))
+    # In records of before, a structure that was wiped out or made up has no surface Dice. A Dice it always had.
+    missed = (math.isnan(share) and not math.isnan(one) for share, one in zip(surface, dice, strict=True))
+    return CaseScore(dice, hd95, tuple(0.0 if miss else share for miss, share in zip(missed, surface, strict=True)))
 
 
 def _end_to_end_score(record: Record) -> EndToEndScore:

@@ -19,6 +19,7 @@ from nnunet_ima.evaluation.metrics import (
     Array,
     CaseScore,
     adi,
+    count_hd95,
     mean_case_dice,
     mean_hd95,
     mean_surface_dice,
@@ -26,11 +27,11 @@ from nnunet_ima.evaluation.metrics import (
     tvdi,
 )
 from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, KEPT, Outcome, unperturbed
-from nnunet_ima.evaluation.survival import end_to_end_figures, end_to_end_lines
+from nnunet_ima.evaluation.survival import distance_text, end_to_end_figures, end_to_end_lines
 from nnunet_ima.evaluation.trust import check
 from nnunet_ima.files import write_text
 
-SCHEMA = "nnunet_ima/evaluation/3"
+SCHEMA = "nnunet_ima/evaluation/4"
 
 
 def summarise(head: Mapping[str, Any], outcomes: Sequence[Outcome], smallest_chunk: int | None) -> dict[str, Any]:
@@ -154,13 +155,16 @@ def average_tvdi(summary: Mapping[str, Any]) -> dict[str, float]:
 def _figures(outcome: Outcome, threshold: float) -> dict[str, Any]:
     dice = np.array([score.dice for score in outcome.samples])
     scores = list(outcome.cases.values())
+    n_hd95, n_structures = count_hd95(scores)
     return {
         "tvdi": tvdi(np.array([point.counts for point in outcome.points])),
         "adi": adi(dice),
         "robust_share": float((dice > threshold).mean()),
         "case_dice": mean_case_dice(scores),
         "hd95": mean_hd95(scores),
+        "n_hd95": n_hd95,
         "surface_dice": mean_surface_dice(scores),
+        "n_structures": n_structures,
         "n_samples": len(dice),
         "n_cases": len(scores),
     }
@@ -257,8 +261,8 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _row(attack: str, level: str, figures: Mapping[str, Any]) -> str:
     shares = [_percent(figures[key]) for key in ("tvdi", "adi", "robust_share", "case_dice")]
-    distance = "–" if figures["hd95"] is None else f"{figures['hd95']:.1f}"
-    return f"| {attack} | {level} | {' | '.join(shares)} | {distance} | {_percent(figures['surface_dice'])} |"
+    distance, surface = distance_text(figures), _percent(figures["surface_dice"])
+    return f"| {attack} | {level} | {' | '.join(shares)} | {distance} | {surface} |"
 
 
 def _percent(value: float | None) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from nnunet_ima.evaluation.metrics import (
     class_scores,
+    count_hd95,
     mean_case_dice,
     mean_hd95,
     mean_over_classes,
@@ -44,11 +45,14 @@ def end_to_end_figures(unperturbed: Outcome, attacked: Outcome) -> dict[str, Any
         for cases in (unperturbed.cases, attacked.cases, {name: one.score for name, one in found.items()})
     )
     effect = samples_before - samples_after
+    n_hd95, n_structures = count_hd95(scores)
     return {
         "end_to_end": {
             "case_dice": mean_case_dice(scores),
             "hd95": mean_hd95(scores),
+            "n_hd95": n_hd95,
             "surface_dice": mean_surface_dice(scores),
+            "n_structures": n_structures,
             "n_cases": len(scores),
             "samples_dice_unperturbed": samples_before,
             "samples_dice": samples_after,
@@ -83,14 +87,14 @@ def end_to_end_lines(summary: Mapping[str, Any], unperturbed: Mapping[str, Any])
     first = attacked[0]["end_to_end"]
     lines.append(
         f"| none | 0 | {_percent(first['samples_dice_unperturbed'])} | {_percent(unperturbed['case_dice'])} "
-        f"| {_percent(unperturbed['case_dice'])} | – | – | {_distance(unperturbed['hd95'])} "
+        f"| {_percent(unperturbed['case_dice'])} | – | – | {distance_text(unperturbed)} "
         f"| {_percent(unperturbed['surface_dice'])} |"
     )
     for result in attacked:
         one = result["end_to_end"]
         shares = (one["samples_dice"], result["case_dice"], one["case_dice"])
         survive = (one["survives_carried_over"], one["survives_end_to_end"])
-        cells = [*map(_percent, shares), *map(_percent, survive), _distance(one["hd95"]), _percent(one["surface_dice"])]
+        cells = [*map(_percent, shares), *map(_percent, survive), distance_text(one), _percent(one["surface_dice"])]
         lines.append(f"| {result['attack']} | {result['level']} | {' | '.join(cells)} |")
     return lines
 
@@ -111,5 +115,7 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _distance(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+def distance_text(figures: Mapping[str, Any]) -> str:
+    """The mean HD95 in mm, with how many of the structures have one."""
+    value = "–" if figures["hd95"] is None else f"{figures['hd95']:.1f}"
+    return f"{value} ({figures['n_hd95']} of {figures['n_structures']})" if figures["n_structures"] else value

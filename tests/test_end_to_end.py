@@ -370,8 +370,15 @@ def test_the_figures_are_those_of_the_tables(which, request):
             assert figures[f"survives_{name}"] == pytest.approx(lost / effect, abs=1e-3)
             told += 1
         assert sum(figures["found_by"].values()) == figures["n_cases"] == len({row["case"] for row in found})
-        assert figures["hd95"] is not None
         assert figures["surface_dice"] is not None
+        # Of which structures are these: what is in the reference or was found, and what is in both.
+        mine = [row for row in found if (row["attack"], row["level"]) == key]
+        for name, column in (("n_hd95", "hd95_mm_"), ("n_structures", "surface_dice_1mm_")):
+            cells = [row[one] for row in mine for one in row if one.startswith(column)]
+            assert figures[name] == sum(cell != "" for cell in cells)
+        assert 0 < figures["n_hd95"] <= figures["n_structures"]
+        told_of = f"({figures['n_hd95']} of {figures['n_structures']})"
+        assert told_of in (folder / "table.md").read_text(encoding="utf-8")
     assert told > 0
     assert not summary["end_to_end"]["mirroring_known_to_the_attack"]
     assert summary["end_to_end"]["mirrored_axes"]
