@@ -24,6 +24,9 @@ from nnunet_ima.evaluation.models import TrainedModel
 from nnunet_ima.overlap import Place
 from nnunet_ima.tiles import tile_grid
 
+# What nnU-Net's preprocessing writes into a segmentation where the scan is zero and nothing is labelled.
+OUTSIDE = -1
+
 
 @dataclass(frozen=True)
 class Case:
@@ -33,7 +36,9 @@ class Case:
         name: nnU-Net's identifier.
         image: (C, Z, Y, X) of float32, z-scores; for a cascade with the one-hot channels of the previous stage.
         target: (1 or R, Z, Y, X), as nnU-Net's validation loader makes it.
-        fixed: (C, Z, Y, X) of bool: padding and one-hot channels, which no perturbation of a scan can reach.
+        fixed: (C, Z, Y, X) of bool: padding and one-hot channels, which no perturbation of a scan can reach; and what
+            lies outside of the scan's nonzero region, if the plans normalise within that: where a scan is no longer
+            zero, nnU-Net would count it in and normalise everything else otherwise.
         low, high: (C,): smallest and largest intensity of the case, before padding.
         unpad: takes the padding off again.
         properties: nnU-Net's, for going back to the original geometry.
@@ -158,6 +163,8 @@ class ValidationCases:
             ) from error
         self._check(name, image, segmentation)
         channels = model.channels
+        masked = any(model.configuration.use_mask_for_norm)
+        outside = torch.from_numpy((segmentation[:1] == OUTSIDE) & masked)
         low, high = (torch.from_numpy(reduce(image[:channels], axis=(1, 2, 3))) for reduce in (np.min, np.max))
         if previous is not None:
             segmentation = np.concatenate([segmentation, previous.reshape(1, *segmentation.shape[1:])])
@@ -166,7 +173,10 @@ class ValidationCases:
         patch = model.configuration.patch_size
         self.fingerprints[name] = zlib.crc32(target.numpy().tobytes(), zlib.crc32(full.numpy().tobytes()))
         padded, unpad = pad_nd_image(full, patch, "constant", {"value": 0}, True)
-        fixed = pad_nd_image(torch.zeros_like(full), patch, "constant", {"value": 1}).bool()
+        if masked:
+            # Of what was begun when the background still counted as part of the scan, nothing may be continued.
+            self.fingerprints[name] = zlib.crc32(outside.numpy().tobytes(), self.fingerprints[name])
+        fixed = pad_nd_image(outside.expand(full.shape).to(full), patch, "constant", {"value": 1}).bool()
         fixed[channels:] = True
         extra = full.shape[0] - channels
         return Case(
@@ -218,7 +228,7 @@ class ValidationCases:
                 f"measured on it; repair the scan or take the case out of the fold."
             )
         manager = self.model.label_manager
-        allowed = {-1, *manager.all_labels, *([manager.ignore_label] if manager.has_ignore_label else [])}
+        allowed = {OUTSIDE, *manager.all_labels, *([manager.ignore_label] if manager.has_ignore_label else [])}
         unknown = sorted(set(np.unique(segmentation).tolist()) - allowed)
         if unknown:
             raise UserError(f"Case {name} is labelled with {unknown[0]}, which is not in dataset.json; correct either.")

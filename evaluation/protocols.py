@@ -58,8 +58,9 @@ class Protocol:
             level: ε in the protocol's unit.
             images: (B, C, *patch).
             low, high: the cases' own range, (B, C).
-            fixed: (B, C, *patch) of bool: voxels that are no image (padding, one-hot channels). Under ``sound`` they
-                stay as they are: no perturbation of a scan can reach them. The authors' program perturbs padding.
+            fixed: (B, C, *patch) of bool: voxels that are no image (padding, one-hot channels, the background of
+                scans that are normalised without it). Under ``sound`` they stay as they are: no perturbation of a scan
+                can reach them. The authors' program perturbs padding.
         """
         spread = [*low.shape, *[1] * (images.ndim - 2)]
         if self.name == "paper":
