@@ -239,9 +239,10 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
     parser.add_argument("--level", required=True, help="such as 5, or 2/255 for linf")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="default: all of the fold")
+    parser.add_argument("--batch-size", type=_positive, default=64, help="samples at once; changes no number")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder, or one that this command began")
     parser.set_defaults(run=_attack)
 
 
@@ -256,8 +257,9 @@ def _attack(options: argparse.Namespace) -> int:
     model = load_model(folder, read_fold(options.fold), options.checkpoint, device)
     command = shlex.join(["nnunet_ima", *sys.argv[1:]])
     found = attack_scans(
-        model, options.attack, options.norm, options.level, options.cases, options.output, device, options.seed, command
-    )
+        model, options.attack, options.norm, options.level, options.cases, options.output, device, options.seed,
+        command, batch_size=options.batch_size,
+    )  # fmt: skip
     print(table(found))
     print(f"Written to {options.output}; nnUNetv2_predict -i {options.output / 'images'} ... predicts the images")
     return 0

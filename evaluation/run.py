@@ -247,7 +247,7 @@ class Runner:
         self._score_finished(choice, condition, self._samples_of, bar)
         while samples:
             batch, samples = samples[: self.batch_size], samples[self.batch_size :]
-            done = self._with_enough_memory(choice, condition, batch)
+            done = self.attack_with_enough_memory(choice, condition, batch)
             # First what a score stands for, then the score: a killed run does not lose the former.
             for one in done:
                 if self._needs_tile(condition, one.sample):
@@ -290,7 +290,7 @@ class Runner:
             # Not in the handler: its traceback holds on to what fills the memory.
             self._use_less_memory(self.batch_size)
 
-    def _with_enough_memory(
+    def attack_with_enough_memory(
         self, choice: AttackChoice | None, condition: Condition, batch: Sequence[Sample]
     ) -> list[_Attacked]:
         """As ``attack``; when the memory is not enough, in halves from then on."""
@@ -303,7 +303,7 @@ class Runner:
         self._use_less_memory(len(batch))
         # Once and for all: the first part may halve the size again.
         parts = list(_batches(batch, self.batch_size))
-        return [one for part in parts for one in self._with_enough_memory(choice, condition, part)]
+        return [one for part in parts for one in self.attack_with_enough_memory(choice, condition, part)]
 
     def _use_less_memory(self, batch_size: int) -> None:
         self.chunk, self.batch_size = max(1, self.chunk // 2), max(1, batch_size // 2)

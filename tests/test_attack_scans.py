@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK
 import torch
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nnunet_project import Project, quiet, read, write
 
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation import models
+from nnunet_ima.evaluation.case_level import CaseLevel
 from nnunet_ima.evaluation.cases import ValidationCases
 from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.models import TrainedModel, load_model
-from nnunet_ima.evaluation.scans import perturb_scan, read_scan
+from nnunet_ima.evaluation.scan_files import Scan, ScanFiles
+from nnunet_ima.evaluation.scans import perturb_scan
 
 CPU = torch.device("cpu")
 PARTS = ("images", "perturbation", "before", "after")
@@ -34,6 +41,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error.splitlines()[-1]
+
+
+def read_scan(model: TrainedModel, name: str) -> Scan:
+    return ScanFiles(model).read(name)
 
 
 def array(file: Path) -> np.ndarray:
@@ -159,6 +170,7 @@ def test_what_cannot_be_attacked_is_said_and_nothing_is_left(model, project, tmp
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     assert "the raw ones" in refused(capsys, "-m", model.folder, "-o", tmp_path / "b", "--level", 5, "--cases", name)
+    assert not (tmp_path / "b").exists()
 
 
 def test_another_scan_under_the_same_name_is_noticed(model, project, tmp_path, monkeypatch):
@@ -192,5 +204,221 @@ def test_the_record_is_json_for_everybody(written):
         "unit",
         "range",
         "versions",
+        "identity",
+        "seal",
         "cases",
     } <= content.keys()
+
+
+# ---- axes that nnU-Net turns
+
+
+def turned(source: Path, target: Path, orientation: str) -> None:
+    image = nibabel.load(source)
+    own = io_orientation(image.affine)
+    nibabel.save(image.as_reoriented(ornt_transform(own, axcodes2ornt(orientation))), target)
+
+
+@pytest.mark.parametrize("orientation", ["LAS", "LPS", "PIR"])
+def test_scans_that_nnunet_turns_are_written_as_they_lie(project, std_2d, tmp_path, monkeypatch, orientation):
+    """The phantom lies as RAS, to which the reader turns: what was preprocessed belongs to the turned scans, too."""
+
+    def reader(plans: dict[str, Any]) -> None:
+        plans["image_reader_writer"] = "NibabelIOWithReorient"
+
+    turning = with_plans(load_model(std_2d, 0, "checkpoint_final.pth", CPU), tmp_path / std_2d.name, reader)
+    name = ValidationCases(turning).names[0]
+    raw, there = project.root / "nnUNet_raw" / project.dataset, tmp_path / "raw" / project.dataset / "imagesTr"
+    there.mkdir(parents=True)
+    turned(raw / "imagesTr" / f"{name}_0000.nii.gz", there / f"{name}_0000.nii.gz", orientation)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    output = tmp_path / "out"
+    run("-m", turning.folder, "--level", 8, "--attack", "apgd:steps=2", "--cases", name, "-o", output)
+    (case,) = read(output / "attack.json")["cases"]
+
+    # What the files hold, voxel by voxel in their own order.
+    scan, perturbed, difference = (
+        nibabel.load(folder / f"{name}_0000.nii.gz") for folder in (there, output / "images", output / "perturbation")
+    )
+    assert nibabel.aff2axcodes(perturbed.affine) == tuple(orientation)
+    assert np.allclose(perturbed.affine, scan.affine)
+    assert np.allclose(perturbed.get_fdata() - scan.get_fdata(), difference.get_fdata(), atol=0.1)
+    assert np.abs(difference.get_fdata()).max() == pytest.approx(case["scan"]["linf"], rel=1e-4)
+
+    # What nnU-Net reads in them and finds.
+    own, cases = turning.plans.image_reader_writer_class(), ValidationCases(turning)
+    image, properties = own.read_images([str(output / "images" / f"{name}_0000.nii.gz")])
+    whole = CaseLevel(cases, CPU)
+    found, _ = whole.predict_scan(image, properties)
+    after = own.read_seg(str(output / "after" / f"{name}.nii.gz"))[0][0]
+    assert np.array_equal(found, after)
+    dice = np.mean(whole.score_segmentation(cases.load(name), found).dice)
+    assert dice == pytest.approx(case["dice_after"], abs=1e-6)
+    assert case["dice_after"] == pytest.approx(case["dice_in_evaluation"], abs=0.01)
+    assert case["dice_after"] < case["dice_before"] - 0.05
+
+
+def test_a_reader_that_cannot_be_written_for_is_refused_at_once(model, tmp_path, capsys):
+    def reader(plans: dict[str, Any]) -> None:
+        plans["image_reader_writer"] = "Tiff3DIO"
+
+    tiff = with_plans(model, tmp_path / model.folder.name, reader)
+    assert "Tiff3DIO" in refused(capsys, "-m", tiff.folder, "-o", tmp_path / "out", "--level", 5)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- killed, refused, short of memory
+
+
+@pytest.fixture(scope="module")
+def small(project: Project, std_2d: Path) -> TrainedModel:
+    return load_model(std_2d, 0, "checkpoint_final.pth", CPU)
+
+
+@pytest.fixture(scope="module")
+def both(small: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two cases, attacked in peace."""
+    output = tmp_path_factory.mktemp("both") / "out"
+    run(*request_of(small, output))
+    return output
+
+
+def request_of(model: TrainedModel, output: Path, level: int = 8) -> list[object]:
+    names = ValidationCases(model).names[:2]
+    return ["-m", model.folder, "--level", level, "--attack", "apgd:steps=2", "--cases", *names, "-o", output]
+
+
+def contents(folder: Path) -> dict[str, np.ndarray]:
+    return {str(file.relative_to(folder)): array(file) for file in sorted(folder.rglob("*.nii.gz"))}
+
+
+def same(one: Path, other: Path) -> None:
+    there, here = contents(one), contents(other)
+    assert there.keys() == here.keys()
+    assert all(np.array_equal(there[name], here[name]) for name in there)
+    assert read(one / "attack.json")["cases"] == read(other / "attack.json")["cases"]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
+    """The scan that is perturbed as number ``number`` is the last one."""
+    calls: list[int] = []
+
+    def perturb(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return perturb_scan(*arguments)
+
+    monkeypatch.setattr("nnunet_ima.evaluation.attack_scans.perturb_scan", perturb)
+
+
+def test_finished_cases_are_kept_and_the_rest_is_done(small, both, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, UserError("The scan is gone."))
+        assert "The scan is gone" in refused(capsys, *request_of(small, output))
+    first, second = ValidationCases(small).names[:2]
+    assert [case["case"] for case in read(output / "attack.json")["cases"]] == [first]
+    assert not list(output.rglob(f"*{second}*"))
+    kept = {file: file.stat().st_mtime_ns for file in output.rglob("*.nii.gz")}
+    assert len(kept) == len(PARTS)
+    with monkeypatch.context() as patch:
+        # One is left.
+        stop_at(patch, 2, AssertionError("a finished case was attacked again"))
+        run(*request_of(small, output))
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    same(output, both)
+    # A third time there is nothing to do, and a file that went missing is made again.
+    lost = output / "after" / f"{first}.nii.gz"
+    lost.unlink()
+    run(*request_of(small, output))
+    assert lost.is_file()
+    assert contents(output).keys() == contents(both).keys()
+
+
+def test_a_refusal_in_the_first_case_leaves_nothing(small, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 1, UserError("The scan is gone."))
+    assert "The scan is gone" in refused(capsys, *request_of(small, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_kill_leaves_is_no_obstacle(small, both, tmp_path):
+    """Of the first case: part of its files in a room of their own, and a table that was being written."""
+    output, name = tmp_path / "out", ValidationCases(small).names[0]
+    (output / f".{name}.tmp" / "images").mkdir(parents=True)
+    (output / f".{name}.tmp" / "images" / f"{name}_0000.nii.gz").write_bytes(b"half")
+    (output / ".attack.json.123.tmp").write_text("{")
+    run(*request_of(small, output))
+    same(output, both)
+    assert not list(output.glob(".*.tmp/*"))
+
+
+def test_another_request_does_not_go_on_there(small, both, capsys, tmp_path):
+    before = (both / "attack.json").read_bytes()
+    assert "levels: 8 there, 5 here" in refused(capsys, *request_of(small, both, level=5))
+    assert "seed: 0 there, 1 here" in refused(capsys, *request_of(small, both), "--seed", 1)
+    assert (both / "attack.json").read_bytes() == before
+    edited = tmp_path / "edited"
+    shutil.copytree(both, edited)
+    write(edited / "attack.json", {**read(edited / "attack.json"), "level": "5"})
+    assert "was changed after it was written" in refused(capsys, *request_of(small, edited))
+
+
+def test_a_case_that_was_preprocessed_anew_is_noticed(small, both, capsys, monkeypatch):
+    load = ValidationCases._load
+
+    def changed(self: ValidationCases, name: str) -> Any:
+        case = load(self, name)
+        self.fingerprints[name] += 1
+        return case
+
+    monkeypatch.setattr(ValidationCases, "_load", changed)
+    assert "has changed since" in refused(capsys, *request_of(small, both))
+
+
+def test_with_too_little_memory_fewer_samples_go_at_once(small, both, tmp_path, monkeypatch, capsys):
+    sizes: list[int] = []
+    build = models._build_network
+
+    def little(*arguments: Any) -> Any:
+        network = build(*arguments)
+
+        def refuse(_: Any, inputs: tuple[torch.Tensor]) -> None:
+            # nnU-Net's own prediction takes one at a time.
+            if inputs[0].device.type != "meta":
+                sizes.append(len(inputs[0]))
+                if len(inputs[0]) > 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+
+        network.register_forward_pre_hook(refuse)
+        return network
+
+    monkeypatch.setattr(models, "_build_network", little)
+    output = tmp_path / "out"
+    run(*request_of(small, output))
+    assert sizes.count(8) == 1  # not tried again, in another case either
+    assert [case["samples_in_a_pass"] for case in read(output / "attack.json")["cases"]] == [2, 2]
+    found, wanted = (read(folder / "attack.json")["cases"] for folder in (output, both))
+    for one, other in zip(found, wanted, strict=True):
+        assert other["samples_in_a_pass"] == 8
+        # Rounding may decide about a voxel here and there.
+        assert one["dice_after"] == pytest.approx(other["dice_after"], abs=0.02)
+
+
+def test_the_batch_size_changes_no_number(small, both, tmp_path):
+    run(*request_of(small, tmp_path / "out"), "--batch-size", 3)
+    same(tmp_path / "out", both)
+
+
+def test_what_is_not_defined_is_null(small, tmp_path, monkeypatch, capsys):
+    """A case without foreground has nothing to be attacked, of which nothing can be lost, and may have no Dice."""
+    monkeypatch.setattr(ValidationCases, "_holds_foreground", lambda *_: False)
+    nothing = CaseScore(*((math.nan, math.nan),) * 3)
+    monkeypatch.setattr(CaseLevel, "score_segmentation", lambda *_: nothing)
+    output, name = tmp_path / "out", ValidationCases(small).names[0]
+    assert main(["attack", "-device", "cpu", "-m", str(small.folder), "--level", "8", "--attack", "apgd:steps=2",
+                 "--cases", name, "-o", str(output)]) == 0  # fmt: skip
+    (case,) = json.loads((output / "attack.json").read_text("utf-8"), parse_constant=pytest.fail)["cases"]
+    assert [case[key] for key in ("lost", "dice_before", "dice_after", "dice_in_evaluation")] == [None] * 4
+    assert case["scan"] == case["preprocessed"] == {"l2": 0.0, "linf": 0.0}
+    assert f"| {name} | – | – | – | 0 | – | 0 | 0 |" in capsys.readouterr().out
