@@ -33,6 +33,7 @@ from shown import PAGES, Block, Command
 from test_shown import WORKFLOWS, everything
 
 from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.phantom import make_phantom_task
 
 TASK = "Task04_Hippocampus"
 CASES = "8"
@@ -41,7 +42,7 @@ SUBSTITUTES: tuple[tuple[str, str | None, str], ...] = (
     (r"pip install (\.|'\$NNUNET_IMA')", None, "takes minutes; the tests run in what `make` installs in the same way"),
     (r"make .*", None, "`make test` is this; `make demo` calls the command below"),
     (r"nnunet_ima demo .*", None, "takes ten minutes; test_hippocampus.py runs the same pipeline on real scans"),
-    (r"nnunet_ima decathlon .*", None, "takes hours; test_decathlon_run.py runs it on two phantoms"),
+    (r"nnunet_ima decathlon .*", None, "takes hours; run as a dry run below, and on phantoms by test_decathlon_run.py"),
     (r"python benchmarks/.*", None, "takes minutes to hours; benchmarks/results has what came of it"),
     (r"docker .*", None, "there is no Docker; what runs inside is parsed, and the like is run elsewhere"),
     (r"sbatch .*", None, "there is no cluster; the scripts are run"),
@@ -278,6 +279,21 @@ def test_the_example_workflow_runs(laboratory, workflow):
             shell.run(command)
     assert (folder / "report" / "report.html").is_file()
     assert "verdict" in (folder / "gate" / "gate.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_decathlon_study_run_as_dry_runs(tmp_path, monkeypatch, capsys):
+    shutil.copytree(make_phantom_task(tmp_path / TASK, 5, progress=False), tmp_path / "FOLDER" / TASK)
+    for name in ("Task02_Heart", "Task05_Prostate"):
+        shutil.copytree(tmp_path / TASK, tmp_path / "FOLDER" / name)
+    monkeypatch.chdir(tmp_path)
+    there = sorted(tmp_path.rglob("*"))
+    studies = [command for command in everything() if command.words[:2] == ("nnunet_ima", "decathlon")]
+    assert {"docs/decathlon.md", "docs/command-line.md"} <= {command.place.partition(":")[0] for command in studies}
+    for command in studies:
+        assert main([*command.words[1:], "--dry-run"]) == 0, f"{command.place}: {capsys.readouterr().err}"
+        shown_steps = re.findall(r"\[to do\] (\w+)", capsys.readouterr().out)
+        assert {"convert", "plan", "train", "evaluate"} == set(shown_steps), command.place
+    assert sorted(tmp_path.rglob("*")) == there
 
 
 def test_every_substitute_is_for_something_that_is_shown():
