@@ -21,7 +21,7 @@ from nnunet_ima.lp import NORMS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; a user's mistake ends with one sentence on standard error and status 2."""
-    options = _parser().parse_args(arguments)
+    options = read_arguments(arguments)
     try:
         return _run(options)
     except Exception as error:
@@ -54,6 +54,11 @@ def _run(options: argparse.Namespace) -> int:
             raise
         print("nnunet_ima: The memory is not enough; close what else uses it, or use -device cpu.", file=sys.stderr)
     return 2
+
+
+def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the words after ``nnunet_ima`` ask for, defaults included; by default those of this process."""
+    return _parser().parse_args(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,7 +166,9 @@ def _add_decathlon(parser: argparse.ArgumentParser) -> None:
         "--evaluations", nargs="+", choices=("sound_l2", "paper_l2", "paper_linf", "paper_linf_noise"),
         default=["sound_l2", "paper_l2", "paper_linf", "paper_linf_noise"], help="default: all four",
     )  # fmt: skip
-    parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
+    parser.add_argument(
+        "-device", help="cpu, cuda or mps; default: cuda where there is one, else cpu, as each job of a queue finds it"
+    )
     parser.set_defaults(run=_decathlon)
 
 
@@ -520,7 +527,7 @@ def _decathlon(options: argparse.Namespace) -> int:
     from nnunet_ima.evaluation.configure import parse_settings
     from nnunet_ima.evaluation.decathlon_study import STEPS, DecathlonStudy, Request
     from nnunet_ima.evaluation.decathlon_study.dry_run import describe
-    from nnunet_ima.evaluation.environment import choose_device
+    from nnunet_ima.evaluation.environment import choose_device, default_device
 
     study = DecathlonStudy(
         Request(
@@ -546,7 +553,7 @@ def _decathlon(options: argparse.Namespace) -> int:
     if options.dry_run or options.print_jobs:
         print(describe(study) if options.dry_run else study.jobs(), end="")
         return 0
-    choose_device(options.device)
+    choose_device(options.device or default_device())
     print(study.run())
     return 0
 

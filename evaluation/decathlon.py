@@ -33,7 +33,9 @@ def stage_task(source: Path, staging: Path) -> Path:
     (view / "imagesTs").mkdir(parents=True, exist_ok=True)
     for part in _PARTS:
         link = view / part
-        if not link.is_symlink():
+        if not link.exists():
+            # Also one to where the task was before it was moved.
+            link.unlink(missing_ok=True)
             link.symlink_to((source / part).resolve())
     return view
 

@@ -121,6 +121,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "nnunet_ima's sources": SOURCES}
 
 
+def default_device() -> str:
+    """The name of the device to run on where the user names none."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def choose_device(name: str) -> torch.device:
     """The device to run on.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,7 @@ from typing import Any
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.decathlon import stage_task, task_number
 from nnunet_ima.evaluation.environment import trainers_folder
-from nnunet_ima.evaluation.identity import FILE as RUN_FILE
-from nnunet_ima.evaluation.identity import read_run
+from nnunet_ima.evaluation.finished import is_finished
 from nnunet_ima.evaluation.steps import Steps, resume_options
 from nnunet_ima.files import write_text
 
@@ -175,17 +173,27 @@ class Pipeline:
         others = [entry.name for entry in (self.output / "staged").iterdir() if entry.name != view.name]
         if others:
             raise UserError(f"{self.output} already holds work on {others[0]}; give another output folder.")
-        if not (self.logs / "convert.done").is_file():
+        if not self.is_converted():
             # What a killed conversion left: nnU-Net refuses to convert into a dataset that is there.
             for half in self.folders["nnUNet_raw"].glob(f"{_dataset_prefix(view)}*"):
                 shutil.rmtree(half)
-        self.steps.once("convert", self.convert_command(view, _count_cases(view)))
+            self.steps.once("convert", self.convert_command(view, _count_cases(view)))
         return view
+
+    def is_converted(self) -> bool:
+        """Whether a task was converted here before, wherever its folder lay then: there is never more than one."""
+        return (self.logs / "convert.done").is_file()
 
     def plan(self, view: Path) -> Path:
         """Plan and preprocess a converted task; returns its folder of preprocessed data."""
-        self.steps.once("plan", self.plan_command(view, _count_cases(view)))
+        if not self.is_planned(view):
+            self.steps.once("plan", self.plan_command(view, _count_cases(view)))
         return next(self.folders["nnUNet_preprocessed"].glob(f"{_dataset_prefix(view)}*"))
+
+    def is_planned(self, view: Path) -> bool:
+        """Whether a converted task was planned and preprocessed before, by however many processes."""
+        wanted = self._plan(view)
+        return self.steps.noted("plan")[: len(wanted)] == wanted
 
     def convert_command(self, view: Path, cases: int) -> list[str]:
         """nnU-Net's conversion of a staged task."""
@@ -193,8 +201,11 @@ class Pipeline:
 
     def plan_command(self, view: Path, cases: int) -> list[str]:
         """nnU-Net's planning and preprocessing of a converted task."""
-        plan = ["nnUNetv2_plan_and_preprocess", "-d", str(task_number(view)), "-c", self.network.parent]
-        return [*plan, "-np", _processes(cases), "-npfp", _processes(cases), "--verify_dataset_integrity"]
+        processes = ["-np", _processes(cases), "-npfp", _processes(cases)]
+        return [*self._plan(view), *processes, "--verify_dataset_integrity"]
+
+    def _plan(self, view: Path) -> list[str]:
+        return ["nnUNetv2_plan_and_preprocess", "-d", str(task_number(view)), "-c", self.network.parent]
 
     def write_plans(self, dataset: Path, methods: Sequence[Method]) -> None:
         """Write the plans file with one small configuration a method."""
@@ -225,17 +236,33 @@ class Pipeline:
         return (self.logs / f"train_{self.key(method)}.done").is_file()
 
     def evaluate(self, dataset: Path, method: Method, attacks: Attacks) -> Path:
-        """Attack a trained method; returns the folder of the results."""
-        folder, command = self.results(method, attacks), self.evaluate_command(dataset, method, attacks)
-        step = folder.name
-        if not (folder / "summary.json").is_file():
-            # Results that somebody took away are made again.
-            self.steps.forget(step)
-        if not self.steps.is_done(step, command) and not _was_begun(folder, command):
-            # A result of other attacks that was made here.
-            shutil.rmtree(folder, ignore_errors=True)
-        self.steps.once(step, command)
+        """Attack a trained method unless that was done before; returns the folder of the results.
+
+        Raises:
+            UserError: the folder holds another evaluation, which is neither continued nor removed; or the step failed.
+        """
+        folder = self.results(method, attacks)
+        if not self.is_evaluated(dataset, method, attacks):
+            # Results that somebody took away are made again; those that were begun are continued, or refused.
+            self.steps.forget(folder.name)
+            self.steps.once(folder.name, self.evaluate_command(dataset, method, attacks))
         return folder
+
+    def is_evaluated(self, dataset: Path, method: Method, attacks: Attacks) -> bool:
+        """Whether this very evaluation was finished before, on whatever device, and wherever the folder lay then.
+
+        Raises:
+            UserError: another one was, such as of a model that was trained anew since; what differs is named.
+        """
+        folder = self.results(method, attacks)
+        finished = is_finished(folder, self.evaluate_command(dataset, method, attacks))
+        weights = self.fold_folder(dataset, method) / "checkpoint_final.pth"
+        if finished and not weights.is_file() and not self.is_trained(method):
+            raise UserError(
+                f"{folder} holds results of a model that is not here, and a new training makes another one; move them "
+                f"away or choose another folder with -o."
+            )
+        return finished
 
     def evaluate_command(self, dataset: Path, method: Method, attacks: Attacks) -> list[str]:
         """The attack on a trained method."""
@@ -333,8 +360,3 @@ def _count_cases(view: Path) -> int:
 def _processes(cases: int) -> str:
     # Each process that nnU-Net spawns imports torch first, which takes longer than to preprocess a few cases.
     return "2" if cases > FEW_CASES else "1"
-
-
-def _was_begun(folder: Path, command: Sequence[str]) -> bool:
-    """Whether a killed run of this very command left something to go on with."""
-    return (folder / RUN_FILE).is_file() and bool(read_run(folder)["head"]["command"] == shlex.join(command))

@@ -101,9 +101,14 @@ class Steps:
         (self.logs / f"{step}.done").unlink(missing_ok=True)
 
     def is_done(self, step: str, command: Sequence[str]) -> bool:
-        """Whether a step ended well before, by this very command; an attack with fewer steps is another one."""
+        """Whether a step ended well before, by this very command."""
+        return self.noted(step) == list(command)
+
+    def noted(self, step: str) -> list[str]:
+        """The command by which a step ended well before; nothing if it did not."""
         done = self.logs / f"{step}.done"
-        return done.is_file() and bool(json.loads(done.read_text(encoding="utf-8"))["command"] == list(command))
+        content = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+        return list(content.get("command", []))
 
 
 def resume_options(fold: Path) -> list[str]:

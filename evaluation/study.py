@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -110,14 +110,28 @@ class Study:
             steps.stop()
 
     def report(
-        self, evaluations: Sequence[Attacks], output: Path, methods: Sequence[Method] | None = None, note: str = ""
+        self,
+        evaluations: Sequence[Attacks],
+        output: Path,
+        methods: Sequence[Method] | None = None,
+        note: str = "",
+        left_out: Collection[Path] = (),
     ) -> Path | None:
-        """One page for what is finished of some evaluations; None if nothing is."""
+        """One page for what is finished of some evaluations; None if nothing is.
+
+        Args:
+            evaluations: which of them.
+            output: where the page goes.
+            methods: of these only.
+            note: shown on top.
+            left_out: folders of results that are not to be shown.
+        """
         pipeline = self.pipeline()
         runs = [
             (method.title, pipeline.results(method, attacks))
             for attacks in evaluations
             for method in (self.methods if methods is None else methods)
+            if pipeline.results(method, attacks) not in left_out
         ]
         done = [(title, run) for title, run in runs if (run / "summary.json").is_file()]
         return write_report([run for _, run in done], output, [title for title, _ in done], note) if done else None

@@ -34,6 +34,7 @@ def make_run(
     clamped: float | None = None, members: Mapping[str, Mapping[str, float]] | None = None,
     end_to_end: float | None = None, date: str | None = "2026-11-26", shift: int = 0,
     about: Mapping[str, Any] | None = None, files: Mapping[str, str | None] | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """A run whose samples' Dice scatter around the given ones.
 
@@ -51,6 +52,7 @@ def make_run(
             move TVDI by as much as real seeds did (docs/gate.md).
         about: entries of the summary's head that differ; None for those that runs of before did not have.
         files: what of the model differs: ``sha256``, ``plans.json`` or ``dataset.json``.
+        asked: more of its identity, such as :func:`~nnunet_ima.evaluation.finished.asked_for` tells of a command.
     """
     attacked = attacked or {"2": 0.8, "8": 0.5}
     by_attack = {**({NOISE: noise} if noise else {}), ATTACK: attacked, **(further or {})}
@@ -69,6 +71,8 @@ def make_run(
         "case level": whole_cases, "cases": names,
         **({} if end_to_end is None else {"end to end": "window"}),
     }  # fmt: skip
+    model.update((asked or {}).get("model", {}))
+    identity = {**identity, **(asked or {}), "model": model}
     head = _head(model, Protocol(protocol, norm), classes, margins or {}, trained_on, patch, date)
     head["attacks"] = {attack: {"attack": attack.partition(":")[0], "steps": 4} for attack in by_attack}
     for name, value in (about or {}).items():

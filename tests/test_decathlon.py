@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from finished_run import finish
 from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.utilities.crossval_split import generate_crossval_split
@@ -36,10 +37,13 @@ from nnunet_ima.evaluation.decathlon_study.cost import (
     training_cost,
 )
 from nnunet_ima.evaluation.decathlon_study.differences import ALWAYS, of_study, of_task
+from nnunet_ima.evaluation.decathlon_study.dry_run import describe
 from nnunet_ima.evaluation.decathlon_study.evaluations import NAMES, NOISE, PGD100, evaluations_of
 from nnunet_ima.evaluation.decathlon_study.study import METHODS
 from nnunet_ima.evaluation.decathlon_study.tasks import TASKS, GivenTask, find_tasks
+from nnunet_ima.evaluation.finished import asked_for
 from nnunet_ima.evaluation.report.published import published_rows
+from nnunet_ima.evaluation.steps import Steps
 from nnunet_ima.evaluation.study import exclusive
 from nnunet_ima.threat import ThreatModel
 
@@ -363,6 +367,27 @@ def test_jobs_are_commands_that_make_the_same_study_in_the_order_of_their_needs(
     assert only.splitlines()[1:] == [line for line in lines if "--only train" in line]
 
 
+def test_jobs_choose_their_own_device_unless_one_is_given(raw, tmp_path, capsys):
+    """The node on which they are printed may have no GPU, or another kind."""
+    how = ["decathlon", "--raw", str(raw), "-o", str(tmp_path / "out"), "--tasks", "4", "--print-jobs"]
+    assert main(how) == 0
+    assert "-device" not in capsys.readouterr().out
+    assert main([*how, "-device", "cuda"]) == 0
+    jobs = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert all("-device cuda" in line for line in jobs)
+    assert a_study(raw, tmp_path / "out").tasks[0].pipeline.device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_labels_that_cannot_be_read_end_a_dry_run_with_one_sentence(command, raw, tmp_path):
+    for file in (raw / "Task04_Hippocampus" / "labelsTr").iterdir():
+        file.write_bytes(file.read_bytes()[:30])
+    status, _, error = command("--dry-run", "--tasks", "4")
+    assert status == 2
+    assert error.count("\n") == 1
+    assert re.search(r"labelsTr/case_00\d\.nii\.gz cannot be read; restore the file", error)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- what a user can get wrong
 
 
@@ -467,23 +492,37 @@ def test_what_is_not_trained_cannot_be_evaluated(raw, tmp_path):
         study.run()
 
 
-def test_each_step_is_run_unless_it_is_skipped(raw, tmp_path, monkeypatch):
-    """With nnU-Net's commands replaced by notes of what would have been run."""
-    ran: list[str] = []
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Tasks and steps; commands are replaced by as much of what they leave as the next one asks for."""
+    found: list[str] = []
 
-    def noted(self: Any, step: str, command: Any, *_: Any) -> None:
-        ran.append(f"{self.logs.parent.name} {step}")
-        dataset = self.logs.parent / "nnUNet_preprocessed" / "Dataset004_Hippocampus"
+    def run(self: Steps, step: str, command: list[str], *_: Any) -> None:
+        task = self.logs.parent
+        found.append(f"{task.name} {step}")
+        dataset = {"Task02": "Dataset002_Heart5cases", "Task04": "Dataset004_Hippocampus"}[task.name]
         if step == "plan":
-            dataset.mkdir()
-            planned = {"architecture": {"arch_kwargs": {"n_stages": 2}}}
-            (dataset / "nnUNetPlans.json").write_text(json.dumps({"configurations": {"2d": planned}}))
-        if step.startswith(tuple(NAMES)):
-            # Evaluations whose results are gone would be made again.
-            (self.logs.parent / step).mkdir()
-            (self.logs.parent / step / "summary.json").write_text("{}")
+            folder = task / "nnUNet_preprocessed" / dataset
+            folder.mkdir()
+            planned = {
+                "batch_size": 9, "patch_size": [40, 56], "median_image_size_in_voxels": [36, 50, 35],
+                "architecture": {"arch_kwargs": {"n_stages": 2}},
+            }  # fmt: skip
+            shape = {"original_median_shape_after_transp": [36, 50, 35], "transpose_forward": [0, 1, 2]}
+            (folder / "nnUNetPlans.json").write_text(json.dumps({"configurations": {"2d": planned}, **shape}))
+        if command[0] == "nnUNetv2_train":
+            fold = task / "nnUNet_results" / dataset / f"{command[5]}__nnUNetPlansDecathlon__{command[2]}" / "fold_0"
+            fold.mkdir(parents=True)
+            (fold / "checkpoint_final.pth").write_text(command[5])
+        if command[1] == "evaluate":
+            finish(task / step, command)
 
-    monkeypatch.setattr("nnunet_ima.evaluation.steps.Steps.run", noted)
+    monkeypatch.setattr(Steps, "run", run)
+    return found
+
+
+def test_each_step_is_run_unless_it_is_skipped(raw, tmp_path, ran):
+    """With nnU-Net's commands replaced by notes of what would have been run."""
     steps_before_report = STEPS[:-1]
 
     def run(*steps: str, **more: Any) -> list[str]:
@@ -507,6 +546,115 @@ def test_each_step_is_run_unless_it_is_skipped(raw, tmp_path, monkeypatch):
     assert plans["2d_TE"]["nnunet_ima"]["epsilon"] == 15
     (fold,) = json.loads((dataset / "splits_final.json").read_text())
     assert fold == a_study(raw, tmp_path / "out").tasks[1].given.split.as_fold
+
+
+def test_what_was_measured_stays_done_on_another_device_and_in_a_folder_that_was_moved(raw, tmp_path, ran):
+    how: dict[str, Any] = {"tasks": (4,), "methods": ("STD", "IMA")}
+    a_study(raw, tmp_path / "out", steps=STEPS[:-1], device="cpu", **how).run()
+    assert len(ran) == 2 + 2 + 2 * 4
+
+    def kept(out: Path) -> dict[str, bytes]:
+        files = (file for name in NAMES for file in out.glob(f"Task04/{name}_*/*.json"))
+        return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+    before = kept(tmp_path / "out")
+    assert len(before) == 2 * 2 * 4
+    a_study(raw, tmp_path / "out", steps=STEPS[:-1], device="cuda", **how).run()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    raw.rename(tmp_path / "scans")
+    for steps in (("evaluate",), STEPS[:-1]):
+        a_study(tmp_path / "scans", tmp_path / "moved", steps=steps, device="cpu", **how).run()
+    assert len(ran) == 2 + 2 + 2 * 4
+    assert kept(tmp_path / "moved") == before
+    # A dry run knows it.
+    text = describe(a_study(tmp_path / "scans", tmp_path / "moved", device="cuda", **how))
+    assert Counter(re.findall(r"^  \[([a-z ]+)\] ", text, re.MULTILINE)) == {"done": 2 + 2 + 2 * 4}
+    assert "in all: 0 passes of training, at most 0 of attacks" in text
+
+
+def test_results_of_a_model_that_was_trained_anew_are_refused_and_a_dry_run_says_so(raw, tmp_path, ran):
+    how: dict[str, Any] = {"tasks": (4,), "methods": ("STD", "IMA"), "evaluations": ("sound_l2",)}
+    study = a_study(raw, tmp_path / "out", steps=STEPS[:-1], **how)
+    study.run()
+    (weights,) = study.tasks[0].pipeline.folders["nnUNet_results"].glob("*/*IMA__*/fold_0/checkpoint_final.pth")
+    weights.write_text("others")
+    ran.clear()
+    results = study.tasks[0].output / "sound_l2_pgd-steps-2_IMA"
+    before = {file: file.read_bytes() for file in results.iterdir()}
+    with pytest.raises(UserError, match=r"1 of 2 jobs failed \(Task04 IMA: .* another evaluation \(model sha256"):
+        a_study(raw, tmp_path / "out", steps=STEPS[:-1], **how).run()
+    assert ran == []
+    assert {file: file.read_bytes() for file in results.iterdir()} == before
+    text = describe(a_study(raw, tmp_path / "out", steps=STEPS[:-1], **how))
+    assert re.search(r"\[done\] evaluate STD", text)
+    assert re.search(r"\[refused\] evaluate IMA, .*: .* another evaluation \(model sha256: .* with -o\.$", text, re.M)
+    assert "at most 0 of attacks" in text
+    text = describe(a_study(raw, tmp_path / "out", steps=("train",), **how))
+    assert "[skipped] evaluate IMA" in text
+
+
+def test_a_report_leaves_out_results_of_another_model_and_says_so(raw, tmp_path, monkeypatch):
+    how: dict[str, Any] = {"methods": ("STD", "IMA"), "evaluations": ("paper_linf",), "attack": "apgd:steps=4"}
+    study = a_study(raw, tmp_path / "out", tasks=(4,), steps=("report",), **how)
+    (task,) = study.tasks
+    (attacks,) = task.study.evaluations
+    for method in task.methods:
+        command = task.pipeline.evaluate_command(task.dataset, method, attacks)
+        weights = task.pipeline.fold_folder(task.dataset, method) / "checkpoint_final.pth"
+        weights.parent.mkdir(parents=True)
+        weights.write_text(method.title)
+        make_run(
+            task.pipeline.results(method, attacks), protocol="paper", norm="linf", cases=2,
+            attacked={"2/255": 0.8, "4/255": 0.7, "8/255": 0.6}, whole_cases=False,
+            asked=asked_for(command),
+        )  # fmt: skip
+    study._note_identity()
+
+    pages: list[list[str]] = []
+
+    def write_report(runs: Any, output: Path, titles: list[str], note: str) -> Path:
+        pages.append(titles)
+        return output
+
+    monkeypatch.setattr("nnunet_ima.evaluation.study.write_report", write_report)
+
+    def tabled() -> set[str]:
+        return {row["method"] for row in csv.DictReader((tmp_path / "out" / "decathlon.csv").read_text().splitlines())}
+
+    study.run()
+    assert tabled() == {"STD", "IMA"}
+    weights.write_text("others")
+    with pytest.raises(UserError, match=r"^1 of 2 models have results left out of the report \(Task04 IMA: .* sha256"):
+        study.run()
+    assert tabled() == {"STD"}
+    assert pages == [["STD", "IMA"], ["STD"]]
+
+
+def test_a_task_that_cannot_be_prepared_does_not_keep_the_others_from_their_work(raw, tmp_path, ran, monkeypatch):
+    run = Steps.run
+
+    def refuse(self: Steps, step: str, *arguments: Any) -> None:
+        if f"{self.logs.parent.name} {step}" == "Task02 plan":
+            raise UserError("The step plan failed: case_001 has another spacing.")
+        run(self, step, *arguments)
+
+    monkeypatch.setattr(Steps, "run", refuse)
+    reported: list[str] = []
+    monkeypatch.setattr(DecathlonStudy, "report", lambda _: reported.append("the report") or "the report")
+    with pytest.raises(UserError) as error:
+        a_study(raw, tmp_path / "out", methods=("STD",), evaluations=("sound_l2",)).run()
+    assert "1 of 2 tasks could not be prepared (Task02: The step plan failed: case_001 has another spacing)" in str(
+        error.value
+    )
+    assert "jobs failed" not in str(error.value)
+    assert ran == [
+        "Task02 convert",
+        "Task04 convert",
+        "Task04 plan",
+        "Task04 train_STD",
+        "Task04 sound_l2_pgd-steps-2_STD",
+    ]
+    assert reported == ["the report"]
 
 
 def test_one_job_that_fails_does_not_keep_the_others_from_running(raw, tmp_path, monkeypatch):

@@ -9,15 +9,24 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from finished_run import finish
+from nnunet_project import quiet
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation import steps as module
+from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.identity import read_run
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, SmallNetwork
 
 NETWORK = SmallNetwork("2d_small", features=8, most_features=16, batch_size=4)
+STOCK = Method("stock", "nnUNetTrainerSTD", {})
+DATASET = Path("Dataset901_Phantom")
+ATTACKS = Attacks("sound", ("2", "5"), ("fgsm", "autoattack:version=fast"), further=("--max-samples", "4"))
 
 
 @pytest.fixture
@@ -53,18 +62,202 @@ def test_a_step_that_failed_names_its_last_line_and_its_log_and_runs_again(pipel
     assert trace.read_text(encoding="utf-8") == "xx"
 
 
-def test_an_evaluation_whose_results_were_taken_away_is_made_again(pipeline, tmp_path, monkeypatch):
-    method, attacks = Method("stock", "nnUNetTrainerSTD", {}), Attacks("sound", ("5",), ("fgsm",))
-    folder, trace = pipeline.results(method, attacks), tmp_path / "trace"
-    write = f"import pathlib; p = pathlib.Path({str(folder)!r}); p.mkdir(); (p / 'summary.json').write_text('')"
-    monkeypatch.setattr(pipeline, "evaluate_command", lambda *_: note(trace, then=write))
+# ---- which evaluations are done
+
+
+def pipeline_in(folder: Path, device: str = "cpu") -> Pipeline:
+    """With the weights of a trained model, if there are none yet."""
+    made = Pipeline(folder, "nnUNetPlansTest", NETWORK, device)
+    weights = made.fold_folder(DATASET, STOCK) / "checkpoint_final.pth"
+    if not weights.exists():
+        weights.parent.mkdir(parents=True)
+        weights.write_text("weights")
+    return made
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Steps that would have been run; an evaluation is finished at once."""
+    found: list[str] = []
+
+    def run(self: module.Steps, step: str, command: Sequence[str], *_: object) -> None:
+        found.append(step)
+        if command[1] == "evaluate":
+            finish(Path(command[command.index("-o") + 1]), command)
+
+    monkeypatch.setattr(module.Steps, "run", run)
+    return found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_an_evaluation_whose_results_were_taken_away_is_made_again(tmp_path, ran):
+    pipeline = pipeline_in(tmp_path / "work")
+    folder = pipeline.results(STOCK, ATTACKS)
     for _ in range(2):
-        assert pipeline.evaluate(tmp_path, method, attacks) == folder
-    assert trace.read_text(encoding="utf-8") == "x"
+        assert pipeline.evaluate(DATASET, STOCK, ATTACKS) == folder
+    assert ran == [folder.name]
     shutil.rmtree(folder)
-    pipeline.evaluate(tmp_path, method, attacks)
-    assert trace.read_text(encoding="utf-8") == "xx"
-    assert (folder / "summary.json").is_file()
+    pipeline.evaluate(DATASET, STOCK, ATTACKS)
+    assert ran == [folder.name] * 2
+
+
+def test_a_finished_evaluation_is_done_on_any_device_and_wherever_its_folder_was_moved(tmp_path, ran):
+    before = content(pipeline_in(tmp_path / "work").evaluate(DATASET, STOCK, ATTACKS))
+    on_a_gpu = pipeline_in(tmp_path / "work", "cuda")
+    assert on_a_gpu.is_evaluated(DATASET, STOCK, ATTACKS)
+    assert content(on_a_gpu.evaluate(DATASET, STOCK, ATTACKS)) == before
+    (tmp_path / "work").rename(tmp_path / "moved")
+    moved = pipeline_in(tmp_path / "moved")
+    assert moved.is_evaluated(DATASET, STOCK, ATTACKS)
+    assert content(moved.evaluate(DATASET, STOCK, ATTACKS)) == before
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (replace(ATTACKS, attacks=("fgsm",)), "attacks: fgsm autoattack:version=fast there, fgsm here"),
+        (replace(ATTACKS, levels=("2", "6")), "levels: 2 5 there, 2 6 here"),
+        (replace(ATTACKS, norm="linf"), "norm: l2 there, linf here"),
+        (replace(ATTACKS, protocol="paper"), "protocol: sound there, paper here"),
+        (replace(ATTACKS, further=()), "max samples: 4 there, None here"),
+        (replace(ATTACKS, further=(*ATTACKS.further, "--seed", "1")), "seed: 0 there, 1 here"),
+        (replace(ATTACKS, further=(*ATTACKS.further, "--samples-seed", "1")), "the attacks': None there, 1 here"),
+        (replace(ATTACKS, further=(*ATTACKS.further, "--no-cases")), "case level: True there, False here"),
+        (replace(ATTACKS, further=(*ATTACKS.further, "--end-to-end")), "end to end: None there, window here"),
+    ],
+)
+def test_another_evaluation_in_its_place_is_refused_and_stays(tmp_path, ran, other, difference):
+    pipeline = pipeline_in(tmp_path / "work")
+    folder = pipeline.evaluate(DATASET, STOCK, ATTACKS)
+    before = content(folder)
+    with pytest.raises(UserError) as error:
+        pipeline.evaluate(DATASET, STOCK, other)
+    assert difference in str(error.value)
+    assert "move them away or choose another folder with -o" in str(error.value)
+    assert content(folder) == before
+    assert ran == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "difference"),
+    [
+        ({"version of": {"nnunet_ima": "0.0.1"}}, "version of nnunet_ima: 0.0.1 there"),
+        ({"ensembles": {"autoattack:version=fast": {"fgsm": {}}}}, "ensembles autoattack:version=fast"),
+    ],
+)
+def test_what_another_version_measured_is_none_of_this_one(tmp_path, ran, otherwise, difference):
+    pipeline = pipeline_in(tmp_path / "work")
+    finish(pipeline.results(STOCK, ATTACKS), pipeline.evaluate_command(DATASET, STOCK, ATTACKS), **otherwise)
+    with pytest.raises(UserError, match=difference):
+        pipeline.evaluate(DATASET, STOCK, ATTACKS)
+    assert ran == []
+
+
+def test_results_of_a_model_that_was_trained_anew_since_are_refused_and_stay(tmp_path, ran):
+    pipeline = pipeline_in(tmp_path / "work")
+    folder = pipeline.evaluate(DATASET, STOCK, ATTACKS)
+    before, weights = content(folder), pipeline.fold_folder(DATASET, STOCK) / "checkpoint_final.pth"
+    weights.unlink()
+    # Before the new training they are refused as well.
+    with pytest.raises(UserError, match="results of a model that is not here, and a new training makes another"):
+        pipeline.evaluate(DATASET, STOCK, ATTACKS)
+    weights.write_text("others")
+    with pytest.raises(UserError, match=r"model sha256: \w+\.\.\. there, \w+\.\.\. here"):
+        pipeline.evaluate(DATASET, STOCK, ATTACKS)
+    assert content(folder) == before
+    assert ran == [folder.name]
+
+
+def test_results_that_were_taken_elsewhere_without_the_model_are_done(tmp_path, ran):
+    pipeline = pipeline_in(tmp_path / "work")
+    pipeline.evaluate(DATASET, STOCK, ATTACKS)
+    (pipeline.logs / "train_STD.done").write_text("{}")
+    shutil.rmtree(pipeline.folders["nnUNet_results"])
+    assert pipeline.is_evaluated(DATASET, STOCK, ATTACKS)
+
+
+def test_damaged_results_are_refused_and_stay(tmp_path, ran):
+    pipeline = pipeline_in(tmp_path / "work")
+    folder = pipeline.evaluate(DATASET, STOCK, ATTACKS)
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary.json is damaged"):
+        pipeline.evaluate(DATASET, STOCK, ATTACKS)
+    assert (folder / "run.json").is_file()
+
+
+def test_an_evaluation_that_was_begun_is_left_to_the_command_which_goes_on_or_refuses(tmp_path, monkeypatch):
+    pipeline = pipeline_in(tmp_path / "work", "cuda")
+    folder = pipeline.results(STOCK, ATTACKS)
+    finish(folder, pipeline_in(tmp_path / "work").evaluate_command(DATASET, STOCK, ATTACKS))
+    (folder / "summary.json").unlink()
+    before, seen = content(folder), []
+    monkeypatch.setattr(module.Steps, "run", lambda *_: seen.append(content(folder)))
+    assert not pipeline.is_evaluated(DATASET, STOCK, ATTACKS)
+    pipeline.evaluate(DATASET, STOCK, ATTACKS)
+    assert seen == [before]
+
+
+def test_what_the_command_itself_made_is_known_as_done(project, std_2d, tmp_path, monkeypatch):
+    """With a real network: the identity that is written is the one that is asked for."""
+    shutil.copytree(std_2d, tmp_path / "model")
+    monkeypatch.setattr("nnunet_ima.evaluation.evaluate._use_all_cores", lambda _: None)
+    monkeypatch.setattr(Pipeline, "model", lambda *_: tmp_path / "model")
+    ran: list[str] = []
+
+    def run(self: module.Steps, step: str, command: Sequence[str], *_: object) -> None:
+        ran.append(step)
+        with quiet():
+            assert main(command[1:]) == 0
+
+    monkeypatch.setattr(module.Steps, "run", run)
+    here, on_a_gpu = (Pipeline(tmp_path / "work", "plans", NETWORK, device) for device in ("cpu", "cuda"))
+    further = ("--max-samples", "3", "--seed", "2", "--no-cases")
+    for attacks in (
+        Attacks("sound", ("5",), ("white-noise:draws=2", "autoattack:version=fast"), further=further),
+        Attacks("paper", ("2/255", "4/255"), ("fgsm",), "linf", "paper", further),
+    ):
+        folder = here.evaluate(DATASET, STOCK, attacks)
+        assert on_a_gpu.evaluate(DATASET, STOCK, attacks) == folder
+        identity = read_run(folder)["identity"]
+        assert (identity["device"], identity["seed"]) == ("cpu", 2)
+    assert len(ran) == 2
+    weights = tmp_path / "model" / "fold_0" / "checkpoint_final.pth"
+    weights.write_bytes(weights.read_bytes() + b"0")
+    with pytest.raises(UserError, match="model sha256"):
+        here.evaluate(DATASET, STOCK, attacks)
+
+
+def test_a_task_is_converted_and_planned_once_also_if_study_and_scans_were_moved(tmp_path, ran):
+    for part in ("imagesTr", "labelsTr"):
+        (tmp_path / "raw" / "Task901_Phantom" / part).mkdir(parents=True)
+    (tmp_path / "raw" / "Task901_Phantom" / "dataset.json").touch()
+
+    def prepare(place: Path) -> None:
+        pipeline = Pipeline(place / "work", "nnUNetPlansTest", NETWORK, "cpu")
+        (pipeline.folders["nnUNet_preprocessed"] / "Dataset901_Phantom").mkdir(exist_ok=True)
+        pipeline.prepare(place / "raw" / "Task901_Phantom")
+        # What was converted stays what it is.
+        (pipeline.folders["nnUNet_raw"] / "Dataset901_Phantom").mkdir(exist_ok=True)
+
+    for _ in range(2):
+        prepare(tmp_path)
+    assert ran == ["convert", "plan"]
+    (tmp_path / "moved").mkdir()
+    for name in ("raw", "work"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    prepare(tmp_path / "moved")
+    assert ran == ["convert", "plan"]
+    assert (tmp_path / "moved" / "work" / "staged" / "Task901_Phantom" / "labelsTr").is_dir()
+    other = Pipeline(tmp_path / "moved" / "work", "plans", replace(NETWORK, parent="3d_fullres"), "cpu")
+    other.prepare(tmp_path / "moved" / "raw" / "Task901_Phantom")
+    assert ran == ["convert", "plan", "plan"]
+
+
+# ---- one at a time
 
 
 def test_a_pipeline_can_be_sent_to_another_process_after_its_first_command(pipeline, tmp_path):

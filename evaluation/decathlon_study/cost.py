@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nnunet_ima.attacks import Attack, AutoAttack
 from nnunet_ima.attacks.square import Square
+from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.decathlon_study.tasks import SUFFIX, GivenTask
 from nnunet_ima.evaluation.pipeline import Attacks
@@ -119,12 +120,19 @@ def count_slices(task: GivenTask, names: Sequence[str], axis: int | None = None)
         task: whose labels are read.
         names: of the cases.
         axis: of the slices; None for that of the largest spacing, which nnU-Net takes for most data.
+
+    Raises:
+        UserError: a label file cannot be read.
     """
     return sum(_slices(task, name, axis) for name in names)
 
 
 def _slices(task: GivenTask, name: str, axis: int | None) -> int:
-    image = SimpleITK.ReadImage(str(task.folder / "labelsTr" / f"{name}{SUFFIX}"))
+    file = task.folder / "labelsTr" / f"{name}{SUFFIX}"
+    try:
+        image = SimpleITK.ReadImage(str(file))
+    except RuntimeError:  # many lines, of which none says more
+        raise UserError(f"The labels {file} cannot be read; restore the file, or remove it and its scan.") from None
     # SimpleITK's order is x, y, z; that of arrays z, y, x.
     along = int(np.argmax(image.GetSpacing()[::-1])) if axis is None else axis
     foreground = np.moveaxis(SimpleITK.GetArrayFromImage(image) > 0, along, 0)

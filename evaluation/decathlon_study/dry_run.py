@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Iterator
 
+from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.decathlon_study.cost import attack_passes, count_slices, training_cost
 from nnunet_ima.evaluation.decathlon_study.study import DecathlonStudy, TaskStudy
-from nnunet_ima.evaluation.pipeline import Method
+from nnunet_ima.evaluation.pipeline import Attacks, Method
 
 ASSUMPTIONS = (
     "A pass is one sample through the network, forward or backward; of trainings only forward ones are counted, and "
@@ -55,19 +56,22 @@ class _Task:
         yield "Steps:"
         yield "  " + task.environment()
         cases = len(given.cases)
-        yield from self._step("convert", "convert", task.pipeline.convert_command(task.view, cases))
-        yield from self._step("plan", "plan", task.pipeline.plan_command(task.view, cases))
+        pipeline = task.pipeline
+        yield from self._step("convert", "convert", pipeline.convert_command(task.view, cases), pipeline.is_converted())
+        yield from self._step("plan", "plan", pipeline.plan_command(task.view, cases), pipeline.is_planned(task.view))
         for method in task.methods:
             yield from self._training(method)
         slices = self._slices()
         for method in task.methods:
             yield from self._evaluations(method, slices)
 
-    def _step(self, step: str, name: str, command: list[str], cost: str = "", done: bool | None = None) -> list[str]:
-        if done is None:
-            done = (self.task.pipeline.logs / f"{name}.done").is_file()
-        state = "done" if done else "to do" if step in self.steps else "skipped"
-        return [f"  [{state}] {name}{f': {cost}' if cost else ''}", f"      {shlex.join(command)}"]
+    def _step(
+        self, step: str, name: str, command: list[str], done: bool, words: str = "", refused: str = ""
+    ) -> list[str]:
+        """A step and its command; instead of its cost, why it will be refused."""
+        state = "done" if done else "skipped" if step not in self.steps else "refused" if refused else "to do"
+        said = refused if state == "refused" else words
+        return [f"  [{state}] {name}{f': {said}' if said else ''}", f"      {shlex.join(command)}"]
 
     def _training(self, method: Method) -> list[str]:
         task = self.task
@@ -82,7 +86,7 @@ class _Task:
         if not done and "train" in self.steps:
             self._add(*cost.passes, 0)
         command = pipeline.train_command(task.dataset, method)
-        return self._step("train", f"train {method.title}", command, words, done)
+        return self._step("train", f"train {method.title}", command, done, words)
 
     def _slices(self) -> int:
         planned = self.task.planned
@@ -95,12 +99,20 @@ class _Task:
         slices = min(slices, task.request.samples or slices)
         for attacks in task.study.evaluations:
             passes = attack_passes(attacks, slices, task.given.classes)
-            done = (pipeline.results(method, attacks) / "summary.json").is_file()
-            if not done and "evaluate" in self.steps:
+            done, refused = self._evaluated(method, attacks)
+            if not done and not refused and "evaluate" in self.steps:
                 self._add(0, 0, passes)
             command = pipeline.evaluate_command(task.dataset, method, attacks)
             words = f"{slices} slices, at most {passes:,} passes"
-            yield from self._step("evaluate", f"evaluate {method.title}, {attacks.name}", command, words, done)
+            name = f"evaluate {method.title}, {attacks.name}"
+            yield from self._step("evaluate", name, command, done, words, refused)
+
+    def _evaluated(self, method: Method, attacks: Attacks) -> tuple[bool, str]:
+        """Whether it is done; or why it will be refused."""
+        try:
+            return self.task.study.pipeline(method).is_evaluated(self.task.dataset, method, attacks), ""
+        except UserError as error:
+            return False, str(error)
 
     def _add(self, fewest: int, most: int, attacks: int) -> None:
         self.left = (self.left[0] + fewest, self.left[1] + most, self.left[2] + attacks)

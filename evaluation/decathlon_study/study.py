@@ -19,6 +19,7 @@ from nnunet_ima.evaluation.decathlon_study.differences import EPOCHS, ITERATIONS
 from nnunet_ima.evaluation.decathlon_study.evaluations import AUTOATTACK, NAMES, evaluations_of
 from nnunet_ima.evaluation.decathlon_study.jobs import print_jobs
 from nnunet_ima.evaluation.decathlon_study.tasks import GivenTask, find_tasks
+from nnunet_ima.evaluation.environment import default_device
 from nnunet_ima.evaluation.identity import differences as json_differences
 from nnunet_ima.evaluation.models import read_json
 from nnunet_ima.evaluation.pipeline import PLANS, Attacks, Method, PlannedNetwork, SmallNetwork
@@ -43,7 +44,7 @@ class Request:
         output: where everything goes.
         tasks, methods: what to work on.
         steps: of :data:`STEPS`, those to do.
-        device: for training and attack.
+        device: for training and attack; None for a GPU where there is one, else the CPU.
         jobs: models at work at once.
         workers: processes that augment, for each training.
         compiled: whether nnU-Net may compile the network.
@@ -61,7 +62,7 @@ class Request:
     tasks: Sequence[int]
     methods: Sequence[str] = METHODS
     steps: Collection[str] = STEPS
-    device: str = "cpu"
+    device: str | None = None
     jobs: int = 1
     workers: int = 1
     compiled: bool = False
@@ -76,7 +77,9 @@ class Request:
 
     def options(self) -> list[str]:
         """Of the command, without tasks, methods and steps; folders in full, as a queue may start anywhere."""
-        found = ["--raw", str(self.raw.resolve()), "-o", str(self.output.resolve()), "-device", self.device]
+        found = ["--raw", str(self.raw.resolve()), "-o", str(self.output.resolve())]
+        # Where none was given, each machine of a queue takes its own.
+        found += [] if self.device is None else ["-device", self.device]
         defaults = {name: value.default for name, value in type(self).__dataclass_fields__.items()}
         for name in ("workers", "epochs", "iterations", "features", "batch_size", "attack", "samples"):
             value = getattr(self, name)
@@ -118,15 +121,38 @@ class DecathlonStudy:
                     held.enter_context(exclusive(folder, what))
             for task in self.tasks:
                 task.begin()
-            jobs = [job for task in self.tasks for job in task.prepare(steps)]
+            jobs, unprepared = self._prepare()
             failed = run_jobs(jobs, self.request.jobs, self._stop)
-        told = [self.report()] if "report" in steps else []
-        if failed:
-            sentences = "; ".join(f"{title}: {str(error).rstrip('.')}" for title, error in failed)
-            raise UserError(
-                f"{len(failed)} of {len(jobs)} jobs failed ({sentences}); start the command again to go on."
-            )
-        return "\n".join(told)
+        told = self.report() if "report" in steps else ""
+        not_shown = self._refused() if "report" in steps else {}
+        wrong = [
+            *_counted(unprepared, f"of {len(self.tasks)} tasks could not be prepared"),
+            *_counted(failed, f"of {len(jobs)} jobs failed"),
+            *_counted(
+                [(title, error) for title, error in not_shown.items() if title not in dict(failed)],
+                f"of {len(self.tasks) * len(self.request.methods)} models have results left out of the report",
+            ),
+        ]
+        if not wrong:
+            return told
+        if told:
+            print(told)
+        raise UserError(f"{', '.join(wrong)}; start the command again to go on.")
+
+    def _prepare(self) -> tuple[list[Job], list[tuple[str, BaseException]]]:
+        """The jobs of the tasks that could be prepared, and why others could not: one does not keep the rest."""
+        jobs: list[Job] = []
+        failed: list[tuple[str, BaseException]] = []
+        for task in self.tasks:
+            try:
+                jobs += task.prepare(self.request.steps)
+            except UserError as error:
+                failed.append((task.given.title, error))
+        return jobs, failed
+
+    def _refused(self) -> dict[str, BaseException]:
+        """Models with results that are not this study's, and why."""
+        return {title: error for task in self.tasks for title, error in task.refused().values()}
 
     def report(self) -> str:
         """Write the page of each task, and the table of all; returns where they are."""
@@ -193,6 +219,12 @@ class DecathlonStudy:
         self._refuse_other_study()
 
 
+def _counted(failed: Sequence[tuple[str, BaseException]], words: str) -> list[str]:
+    """How many of what failed, and why; nothing if none did."""
+    sentences = "; ".join(f"{title}: {str(error).rstrip('.')}" for title, error in failed)
+    return [f"{len(failed)} {words} ({sentences})"] if failed else []
+
+
 def _holds_something(folder: Path) -> bool:
     """Hidden files do not count: temporary ones of a killed start are among them."""
     return any(not entry.name.startswith(".") for entry in folder.iterdir())
@@ -214,7 +246,7 @@ class TaskStudy:
             # All of them, also if only some are asked for now: the plans are written once.
             [Method(name, f"nnUNetTrainer{name}", self.settings) for name in METHODS],
             evaluations_of(given.paper, request.attack, request.samples, request.evaluations),
-            request.device, request.workers, request.compiled, make_folders=False,
+            request.device or default_device(), request.workers, request.compiled, make_folders=False,
         )  # fmt: skip
         self.pipeline = self.study.pipeline()
 
@@ -331,13 +363,26 @@ class TaskStudy:
             return
         write_text(file, json.dumps([fold], indent=4))
 
+    def refused(self) -> dict[Path, tuple[str, BaseException]]:
+        """Folders of results that are of another evaluation than this study's, with the model and the reason."""
+        found: dict[Path, tuple[str, BaseException]] = {}
+        for method in self.methods:
+            pipeline = self.study.pipeline(method)
+            for attacks in self.study.evaluations:
+                try:
+                    pipeline.is_evaluated(self.dataset, method, attacks)
+                except UserError as error:
+                    found[pipeline.results(method, attacks)] = (f"{self.given.title} {method.title}", error)
+        return found
+
     def runs(self) -> Iterator[tuple[Method, Attacks, dict[str, Any]]]:
         """The finished evaluations."""
+        left_out = self.refused()
         for attacks in self.study.evaluations:
             for method in self.methods:
-                file = self.pipeline.results(method, attacks) / "summary.json"
-                if file.is_file():
-                    yield method, attacks, read_json(file)
+                folder = self.pipeline.results(method, attacks)
+                if folder not in left_out and (folder / "summary.json").is_file():
+                    yield method, attacks, read_json(folder / "summary.json")
 
     def rows(self) -> list[table.Row]:
         """For the table of all tasks."""
@@ -353,9 +398,10 @@ class TaskStudy:
         # Its levels are others than those of AutoAttack in the same norm and protocol: it has a page of its own.
         noise = [one for one in self.study.evaluations if one.name.startswith("paper_linf_noise")]
         rest = [one for one in self.study.evaluations if one not in noise]
+        left_out = self.refused()
         written = [
-            self.study.report(rest, self.output / "report", self.methods, note),
-            self.study.report(noise, self.output / "report_white_noise", self.methods, note),
+            self.study.report(rest, self.output / "report", self.methods, note, left_out),
+            self.study.report(noise, self.output / "report_white_noise", self.methods, note, left_out),
         ]
         return [page for page in written if page is not None]
 
