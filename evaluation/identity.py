@@ -59,9 +59,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         UserError: it is missing, damaged, changed, or of another version.
     """
     file = folder / FILE
-    if not file.is_file():
+    if not file.is_file() and not (folder / "records").exists():
         raise UserError(f"{folder} holds no run of nnunet_ima evaluate: {FILE} is missing.")
-    return read_sealed(file, SCHEMA, "start the evaluation again in another folder")
+    advice = "give the command again that began the run, which writes it anew, or choose another folder with -o"
+    return read_sealed(file, SCHEMA, advice)
 
 
 def read_sealed(file: Path, schema: str, advice: str) -> dict[str, Any]:
