@@ -210,7 +210,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "autoattack:version=fast",
     )  # fmt: skip
     parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
-    parser.add_argument("--batch-size", type=_positive, default=64, help="samples at once; changes no number")
+    parser.add_argument(
+        "--batch-size", type=_positive,
+        help="samples attacked, and noted, at once; changes no number; default: 1 to 32 on a CPU, else 64",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the attacks; default 0")
     parser.add_argument(
         "--samples-seed",
@@ -232,7 +235,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument(
         "--merge", nargs="*", type=Path, metavar="FOLDER",
-        help="attack nothing: join the parts that were run into -o, or in these folders, into tables and pictures",
+        help="attack nothing: join the parts that were run into -o, or in these folders (several need -o), into tables "
+        "and pictures",
     )  # fmt: skip
     parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     parser.add_argument("-o", "--output", type=Path, help="default: inside the fold's folder")
@@ -372,7 +376,13 @@ def _merge(options: argparse.Namespace) -> int:
     from nnunet_ima.evaluation.evaluate import choose_model, default_output
     from nnunet_ima.evaluation.merge import gather, merge
 
-    output = options.output or next(iter(options.merge), None)
+    output = options.output
+    if output is None and len(options.merge) > 1:
+        raise UserError(
+            "Say with -o into which folder the results of these runs are to go; --merge changes none of them."
+        )
+    if output is None and options.merge:
+        (output,) = options.merge
     if output is None:
         model = choose_model(options.model, options.dataset, options.configuration, options.trainer, options.plans)
         output = default_output(model, options.fold, options.checkpoint, options.protocol, options.norm)
@@ -470,7 +480,7 @@ def _select(options: argparse.Namespace) -> int:
         levels=[options.level or DEFAULT_LEVELS[options.norm][0]],
         attacks=[options.attack],
         max_samples=options.max_samples,
-        batch_size=64,
+        batch_size=None,
         seed=options.seed,
         samples_seed=options.seed,
         case_level=False,

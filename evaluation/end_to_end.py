@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from nnunet_ima.attacks.oracle import Watch
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import AttackChoice
 from nnunet_ima.evaluation.case_level import CaseLevel
@@ -80,8 +81,10 @@ class EndToEndAttack:
     def __init__(self, evaluation: Evaluation, case_level: CaseLevel) -> None:
         self._evaluation, self._case_level = evaluation, case_level
 
-    def __call__(self, choice: AttackChoice, level: Level, carried: Carried, chunk: int) -> EndToEndScore:
-        """Attack a case; ``chunk`` windows go through the network at once.
+    def __call__(
+        self, choice: AttackChoice, level: Level, carried: Carried, chunk: int, watch: Watch | None = None
+    ) -> EndToEndScore:
+        """Attack a case; ``chunk`` windows go through the network at once, and ``watch`` is told of each pass.
 
         Of the attack's own volume, the one carried over and the unperturbed one, that with the lowest of nnU-Net's
         case Dice is what is reported: no more than any of them.
@@ -99,7 +102,9 @@ class EndToEndAttack:
             for volume in (case.image, case.target, to_the_edge(evaluation.protocol, carried.volume))
         )
         threat = whole_case_threat(evaluation.protocol, level, carried, network.windows, image, start)
-        attack = choice.make(threat=threat, criterion=evaluation.criterion, seed=evaluation.seed, start=start)
+        attack = choice.make(
+            threat=threat, criterion=evaluation.criterion, seed=evaluation.seed, start=start, watch=watch
+        )
         found = attack(network, image, target)
         volume = case.image.clone()
         volume[:, z, y, x] = found.images[0].cpu()

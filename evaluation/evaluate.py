@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,11 @@ from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.end_to_end import EndToEnd, refuse_what_cannot
 from nnunet_ima.evaluation.environment import choose_device
 from nnunet_ima.evaluation.identity import FILE as RUN_FILE
-from nnunet_ima.evaluation.journal import Journal
 from nnunet_ima.evaluation.merge import merge
 from nnunet_ima.evaluation.models import Fold, find_model_folder, load_model
 from nnunet_ima.evaluation.protocols import Protocol, ProtocolName, parse_level
 from nnunet_ima.evaluation.records import RECORDS
-from nnunet_ima.evaluation.run import Evaluation
+from nnunet_ima.evaluation.run import Evaluation, default_batch_size
 from nnunet_ima.lp import Norm
 from nnunet_ima.threads import use_threads_as_told
 
@@ -46,7 +44,7 @@ class Request:
     levels: Sequence[str] | None
     attacks: Sequence[str]
     max_samples: int | None
-    batch_size: int
+    batch_size: int | None
     seed: int
     case_level: bool
     device: str
@@ -92,7 +90,7 @@ def evaluate(request: Request, progress: bool = True) -> Path:
         attacks=attacks,
         levels=levels,
         max_samples=request.max_samples,
-        batch_size=request.batch_size,
+        batch_size=request.batch_size or default_batch_size(model, device),
         seed=request.seed,
         device=device,
         criterion=DiceCriterion(labels=model.labels),
@@ -107,8 +105,7 @@ def evaluate(request: Request, progress: bool = True) -> Path:
     try:
         evaluation.run(output, request.command)
     except UserError:
-        if not begun_before:
-            _remove_if_nothing_was_done(output)
+        _remove_what_holds_nothing(output, begun_before)
         raise
     if request.num_parts == 1:
         merge(output)
@@ -161,13 +158,14 @@ def _make_writable(folder: Path) -> None:
         raise UserError(f"The output folder {folder} cannot be written to; choose another one with -o.") from error
 
 
-def _remove_if_nothing_was_done(folder: Path) -> None:
-    """Of a run that could not even begin nothing stays."""
-    journals = folder.glob(f"{RECORDS}/*/journal.jsonl")
-    if not any(record.get("kind") == "sample" for file in journals for record in Journal(file).read()):
-        shutil.rmtree(folder / RECORDS, ignore_errors=True)
+def _remove_what_holds_nothing(folder: Path, begun_before: bool) -> None:
+    """Of a run that could not even begin nothing stays; its part is gone already, other parts are others' work."""
+    records = folder / RECORDS
+    with contextlib.suppress(OSError):  # a part was begun
+        records.rmdir()
+    if not begun_before and not records.exists():
         (folder / RUN_FILE).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # it was empty before, or is not now
+    with contextlib.suppress(OSError):  # it was not empty before, or is not now
         folder.rmdir()
 
 

@@ -16,7 +16,8 @@ class Journal:
     """One JSON record a line, each with its checksum.
 
     A line that was cut off, by a kill or a full disk, or that was changed, has a wrong checksum and is skipped; the
-    next one begins on a line of its own. One process may write at a time.
+    next one begins on a line of its own. There are two line breaks between records, so that a changed byte costs one
+    record at the most. One process may write at a time.
     """
 
     def __init__(self, file: Path) -> None:
@@ -39,7 +40,7 @@ class Journal:
         """
         lines = [json.dumps(record).encode() for record in records]
         # What a killed process left may not end with a line break.
-        content = b"".join(b"\n" + _checksum(line) + b" " + line for line in lines) + b"\n"
+        content = b"".join(b"\n" + _checksum(line) + b" " + line + b"\n" for line in lines)
         stream = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             while content:

@@ -41,6 +41,8 @@ def gather(folders: Sequence[Path], output: Path) -> None:
         for part in part_folders(folder):
             # Several machines may each have run a part of that number; fetched again, it takes its former place.
             name = Records(part, conditions_of(run["identity"]), digest(run["identity"])).name
+            if name is None:
+                continue  # not a line is whole: there is nothing to copy
             target = output / RECORDS / f"{part.name}_{name}"
             temporary = target.with_name(f".{target.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)

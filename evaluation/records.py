@@ -6,7 +6,7 @@ import io
 import math
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -47,6 +47,12 @@ def part_folders(run: Path) -> list[Path]:
     return sorted(folder for folder in (run / RECORDS).glob("part_*_of_*") if folder.is_dir())
 
 
+def runs_noted(part: Path) -> set[str] | None:
+    """Digests of the runs that a part's records say they belong to; None if it holds no record that is whole."""
+    records = list(_journal_of(part).read())
+    return {record["run"] for record in records if record.get("kind") == "run"} if records else None
+
+
 class Records:
     """Scores of samples and cases, tiles of cases that are not finished, and examples, in one folder.
 
@@ -63,7 +69,7 @@ class Records:
         self.folder, self.run = folder, run
         # So that copies of parts can be told apart.
         self.name: str | None = None
-        self._journal = Journal(folder / "journal.jsonl")
+        self._journal = _journal_of(folder)
         self._number = {condition: number for number, condition in enumerate(conditions)}
         self.samples: dict[Condition, dict[SampleKey, SampleScore]] = {condition: {} for condition in conditions}
         self.cases: dict[Condition, dict[str, CaseScore]] = {condition: {} for condition in conditions}
@@ -83,6 +89,8 @@ class Records:
     def writing(self) -> Iterator[None]:
         """Only one process may add to a part.
 
+        If a :class:`UserError` ends the block, a part that was not there before and has no sample yet is removed.
+
         Raises:
             UserError: another one does.
         """
@@ -94,12 +102,19 @@ class Records:
             raise UserError(
                 f"Another process is at work on {self.folder}; wait for it, or give each machine a -part_id of its own."
             ) from None
+        # Looked at under the lock: what another process began is not this one's to remove.
+        fresh = not self._journal.file.exists()
         try:
             for place in [self.folder, *self.folder.glob("tiles/*/*"), *self.folder.glob("examples/*")]:
                 remove_leftovers(place)
-            if self.name is None:
-                self._add({"kind": "run", "run": self.run, "name": uuid.uuid4().hex[:12]})
+            for condition in self._number:
+                self._drop_examples(condition)
+            self.name = self.name or uuid.uuid4().hex[:12]
             yield
+        except UserError:
+            if fresh and not any(self.samples.values()):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         finally:
             lock.release()
 
@@ -127,17 +142,18 @@ class Records:
         )
 
     def add_samples(self, condition: Condition, scores: Sequence[SampleScore]) -> None:
-        """Note scores; once this returns, they are safe."""
+        """Note scores; once this returns, they are safe, and examples that are beaten by theirs are gone."""
         self._add(*(_sample_record(condition, score) for score in scores))
+        self._drop_examples(condition)
 
     def add_case(self, condition: Condition, name: str, score: CaseScore) -> None:
         """Note a case's score, and forget the tiles it was made of."""
-        self._add({"kind": "case", "condition": _name_of(condition), "case": name, **asdict(score)})
+        self._add_twice({"kind": "case", "condition": _name_of(condition), "case": name, **asdict(score)})
         shutil.rmtree(self._tiles(condition, name), ignore_errors=True)
 
     def add_end_to_end(self, condition: Condition, name: str, found: EndToEndScore) -> None:
         """Note what an attack through the sliding window did to a case."""
-        self._add({"kind": "end to end", "condition": _name_of(condition), "case": name, **asdict(found)})
+        self._add_twice({"kind": "end to end", "condition": _name_of(condition), "case": name, **asdict(found)})
 
     def add_findings(self, findings: Sequence[Finding]) -> None:
         """Note what the checks of the network found."""
@@ -165,30 +181,46 @@ class Records:
         shutil.rmtree(self.folder / "tiles", ignore_errors=True)
 
     def keep_examples(self, condition: Condition, examples: Sequence[Example], scores: Sequence[SampleScore]) -> None:
-        """Of these examples, with their scores, and those kept before, keep those that lost most, and some by lot."""
-        folder = self.folder / "examples" / str(self._number[condition])
+        """Of these examples, whose scores are noted next, keep those that lost most of all samples, and some by lot."""
+        folder = self._examples(condition)
         known = {**self.samples[condition], **{score.sample: score for score in scores}}
-        chosen = (*lost_most(known.values()), *drawn_by_lot(known.values()))
-        wanted = {_example_file(score.sample) for score in chosen}
+        wanted = _shown(known.values())
         folder.mkdir(parents=True, exist_ok=True)
         for example in examples:
-            name = _example_file(SampleKey(example.case, example.tile))
-            if name in wanted:
-                save_example(example, folder / name)
-        for file in folder.iterdir():
-            if file.name not in wanted:
-                file.unlink()
+            sample = SampleKey(example.case, example.tile)
+            if sample in wanted:
+                save_example(example, folder / _example_file(sample))
 
     def load_example(self, condition: Condition, sample: SampleKey) -> Example | None:
         """An example that was kept."""
-        file = self.folder / "examples" / str(self._number[condition]) / _example_file(sample)
-        return load_example(file, *sample)
+        return load_example(self._examples(condition) / _example_file(sample), *sample)
+
+    def lost_examples(self, condition: Condition) -> set[SampleKey]:
+        """The samples that are to be shown, of those that are noted, but whose example is gone or damaged."""
+        wanted = _shown(self.samples[condition].values()) if condition.level else set()
+        return {sample for sample in wanted if self.load_example(condition, sample) is None}
+
+    def _drop_examples(self, condition: Condition) -> None:
+        """Only once the scores that beat them are noted: a killed run needs them still."""
+        wanted = {_example_file(sample) for sample in _shown(self.samples[condition].values())}
+        for file in self._examples(condition).glob("*.npz"):
+            if file.name not in wanted:
+                file.unlink()
+
+    def _examples(self, condition: Condition) -> Path:
+        return self.folder / "examples" / str(self._number[condition])
 
     def _tiles(self, condition: Condition, case: str) -> Path:
         return self.folder / "tiles" / str(self._number[condition]) / case
 
+    def _add_twice(self, record: Record) -> None:
+        """What would cost a whole case to find again, should one of them be damaged."""
+        self._add(record, record)
+
     def _add(self, *records: Record) -> None:
-        self._journal.append(records)
+        # With each addition, so that no damage takes from all others whose they are.
+        mine: Record = {"kind": "run", "run": self.run, "name": self.name, "chunk": self.smallest_chunk}
+        self._journal.append([mine, *records])
         known = {_name_of(condition): condition for condition in self._number}
         for record in records:
             self._take(record, known)
@@ -199,6 +231,7 @@ class Records:
             if record["run"] != self.run:
                 raise UserError(f"{self.folder} holds records of another run than run.json says; move them away.")
             self.name = self.name or record["name"]
+            self._take_chunk(record.get("chunk"))
         elif kind == "plan":
             self.planned = record["samples"]
             self.complete_cases = set(record["complete_cases"])
@@ -206,7 +239,7 @@ class Records:
         elif kind == "findings":
             self.findings = [Finding(*finding) for finding in record["findings"]]
         elif kind == "chunk":
-            self.smallest_chunk = min(record["chunk"], self.smallest_chunk or record["chunk"])
+            self._take_chunk(record["chunk"])
         elif kind in ("sample", "case", "end to end") and record["condition"] in known:
             condition = known[record["condition"]]
             if kind == "sample":
@@ -216,6 +249,19 @@ class Records:
                 self.cases[condition][record["case"]] = _case_score(record)
             else:
                 self.end_to_end[condition][record["case"]] = _end_to_end_score(record)
+
+    def _take_chunk(self, chunk: int | None) -> None:
+        if chunk is not None:
+            self.smallest_chunk = min(chunk, self.smallest_chunk or chunk)
+
+
+def _journal_of(part: Path) -> Journal:
+    return Journal(part / "journal.jsonl")
+
+
+def _shown(scores: Collection[SampleScore]) -> set[SampleKey]:
+    """Of which an example is kept."""
+    return {score.sample for score in (*lost_most(scores), *drawn_by_lot(scores))}
 
 
 def _name_of(condition: Condition) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nnunet_ima.attacks import AttackResult, AutoAttackResult, check_network
 from nnunet_ima.attacks.graphs import CudaGraphs
-from nnunet_ima.attacks.oracle import finite_logits, undisturbed
+from nnunet_ima.attacks.oracle import Watch, finite_logits, undisturbed
 from nnunet_ima.dice import DiceCriterion, confusion, sample_dice
 from nnunet_ima.errors import UserError, is_out_of_memory
 from nnunet_ima.evaluation.attack_choice import AttackChoice
@@ -29,16 +29,21 @@ from nnunet_ima.evaluation.examples import Example, make_example
 from nnunet_ima.evaluation.identity import digest, write_identity
 from nnunet_ima.evaluation.metrics import Array, CaseScore
 from nnunet_ima.evaluation.models import TrainedModel
+from nnunet_ima.evaluation.most_passes import most_passes
 from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, EndToEndScore, MemberScore, SampleKey, SampleScore
+from nnunet_ima.evaluation.progress import Progress
 from nnunet_ima.evaluation.protocols import Level, Protocol
 from nnunet_ima.evaluation.records import Records, part_folder
+from nnunet_ima.evaluation.run_file import restore_run
 from nnunet_ima.overlap import Place
 from nnunet_ima.precision import use_exact_convolutions
 
 # The network always runs on chunks of this many voxels and samples, whatever --batch-size: see Oracle.
-CHUNK_VOXELS = {"cpu": 2**18, "mps": 2**18, "cuda": 2**22}
-LARGEST_CHUNK = {"cpu": 16, "mps": 16, "cuda": 128}
-
+CHUNK_VOXELS = {"cpu": 2**16, "mps": 2**18, "cuda": 2**22}
+LARGEST_CHUNK = {"cpu": 8, "mps": 16, "cuda": 128}
+# Attacked at once, and lost by a kill, at the most. On a CPU, where that is hours, see default_batch_size.
+BATCH_SIZE = 64
+CHUNKS_IN_A_BATCH = 4
 CHECKED_SAMPLES = 8
 
 _T = TypeVar("_T")
@@ -68,7 +73,7 @@ class Evaluation:
         attacks: in the order in which they are reported.
         levels: noise levels.
         max_samples: attack no more samples than this, whole cases first; None for all.
-        batch_size: samples attacked at once. It changes memory and speed, no number.
+        batch_size: samples attacked at once, and noted at once. It changes memory and speed, no number.
         seed: of attacks.
         num_parts, part_id: attack every ``num_parts``-th case only, from the ``part_id``-th.
         end_to_end: whether each attack is also run on whole cases, through the sliding window.
@@ -107,7 +112,9 @@ class Evaluation:
                 f"No validation case of fold {self.model.fold} holds any foreground, so nothing can be measured."
             )
         identity = identify(self, selection.all_cases, self.chunk)
-        write_identity(folder, identity, describe_run(self, selection.all_cases, command))
+        head = describe_run(self, selection.all_cases, command)
+        restore_run(folder, identity, head)
+        write_identity(folder, identity, head)
         steps = self.conditions()
         conditions = [condition for _, condition in steps]
         records = Records(part_folder(folder, self.num_parts, self.part_id), conditions, digest(identity))
@@ -118,14 +125,7 @@ class Evaluation:
             fingerprints = {name: cases.fingerprints[name] for name in tiles}
             records.plan(tiles, sorted(selection.complete_cases), fingerprints)
             runner = Runner(self, cases, selection, records)
-            left = {condition: runner.left(condition) for condition in conditions}
-            total, to_do = len(selection.samples) * len(steps), sum(map(len, left.values()))
-            with tqdm(
-                total=total, initial=total - to_do, unit="sample", disable=not self.progress, dynamic_ncols=True
-            ) as bar:
-                for choice, condition in steps:
-                    bar.set_description(str(condition))
-                    runner.run(choice, condition, left[condition], bar)
+            runner.run(steps)
             runner.check()
             records.forget_tiles()
 
@@ -139,12 +139,29 @@ class Evaluation:
     @property
     def chunk(self) -> int:
         """How many samples go through the network at once; the last digits of a result depend on it."""
-        configuration, device = self.model.configuration, self.device.type
-        voxels = int(np.prod(configuration.patch_size))
-        # Half of what fitted into memory in training, in mixed precision, fits here in single precision.
-        fits = configuration.batch_size // 2 if device == "cuda" else configuration.batch_size
-        most = max(1, min(LARGEST_CHUNK[device], fits))
-        return int(np.clip(CHUNK_VOXELS[device] // voxels, 1, most))
+        return samples_in_a_pass(self.model, self.device)
+
+
+def samples_in_a_pass(model: TrainedModel, device: torch.device) -> int:
+    """How many samples go through a network at once."""
+    configuration = model.configuration
+    voxels = int(np.prod(configuration.patch_size))
+    # Half of what fitted into memory in training, in mixed precision, fits here in single precision.
+    fits = configuration.batch_size // 2 if device.type == "cuda" else configuration.batch_size
+    most = max(1, min(LARGEST_CHUNK[device.type], fits))
+    return int(np.clip(CHUNK_VOXELS[device.type] // voxels, 1, most))
+
+
+def default_batch_size(model: TrainedModel, device: torch.device) -> int:
+    """How many samples are attacked at once where nobody asked for a number.
+
+    Once an attack is done with some of a batch, the others fill fewer chunks, and the last one is filled up with zeros:
+    the fewer chunks a batch holds, the more that costs (docs/decisions.md). A chunk of one sample is never filled up.
+    """
+    chunk = samples_in_a_pass(model, device)
+    if device.type != "cpu":
+        return BATCH_SIZE
+    return chunk if chunk == 1 else CHUNKS_IN_A_BATCH * chunk
 
 
 def select_samples(
@@ -232,22 +249,47 @@ class Runner:
         # What was too much before would be too much again.
         self.chunk, self.batch_size = records.smallest_chunk or evaluation.chunk, evaluation.batch_size
         self.graphs, self._told = self._new_graphs(), False
+        self.progress = Progress(0, 0, shown=False)
         self._samples_of: dict[str, list[Sample]] = {name: [] for name in sorted(selection.complete_cases)}
         for sample in selection.samples:
             self._samples_of.setdefault(sample.case, []).append(sample)
+
+    def run(self, steps: Sequence[tuple[AttackChoice | None, Condition]]) -> None:
+        """Do whatever is not done yet."""
+        shown, left = self.evaluation.progress, {condition: self.left(condition) for _, condition in steps}
+        passes = {condition: self._most_passes(choice) for choice, condition in steps} if shown else {}
+        work = done = 0
+        for condition, each in passes.items():
+            tiles = self._tiles_end_to_end(condition)
+            work += each * (len(self.selection.samples) + sum(tiles.values()))
+            finished = sum(number for name, number in tiles.items() if name in self.records.end_to_end[condition])
+            done += each * (len(self.selection.samples) - len(left[condition]) + finished)
+        self.progress = Progress(work, done, shown)
+        with closing(self.progress):
+            for choice, condition in steps:
+                self._run(choice, condition, left[condition], passes.get(condition, 0))
 
     def left(self, condition: Condition) -> list[Sample]:
         """The samples that are not done yet."""
         return [sample for sample in self.selection.samples if not self._is_done(condition, sample)]
 
-    def run(
-        self, choice: AttackChoice | None, condition: Condition, samples: Sequence[Sample], bar: tqdm[None]
-    ) -> None:
+    def _run(self, choice: AttackChoice | None, condition: Condition, samples: Sequence[Sample], passes: int) -> None:
         """Attack these samples, and score the cases that are finished with them."""
-        self._score_finished(choice, condition, self._samples_of, bar)
+        self._score_finished(choice, condition, self._samples_of, passes)
+        self._attack_in_batches(choice, condition, samples, passes)
+        # Only now is it known which samples are shown. These are not in the bar: there are none but after a damage.
+        lost = self.records.lost_examples(condition)
+        self._attack_in_batches(choice, condition, [s for s in self.selection.samples if _key(s) in lost], 0)
+
+    def _attack_in_batches(
+        self, choice: AttackChoice | None, condition: Condition, samples: Sequence[Sample], passes: int
+    ) -> None:
+        """Attack and note samples; each moves the bar by ``passes``."""
+        total = len(self.selection.samples)
         while samples:
+            self.progress.tell(str(condition), f"{total - len(samples)} of {total} samples")
             batch, samples = samples[: self.batch_size], samples[self.batch_size :]
-            done = self.attack_with_enough_memory(choice, condition, batch)
+            done = self.attack_with_enough_memory(choice, condition, batch, passes)
             # First what a score stands for, then the score: a killed run does not lose the former.
             for one in done:
                 if self._needs_tile(condition, one.sample):
@@ -255,9 +297,9 @@ class Runner:
             if condition.level is not None:
                 self.records.keep_examples(condition, [one.example for one in done], [one.score for one in done])
             self.records.add_samples(condition, [one.score for one in done])
-            bar.update(len(batch))
             self._tell_of_graphs()
-            self._score_finished(choice, condition, dict.fromkeys(sample.case for sample in batch), bar)
+            self._score_finished(choice, condition, dict.fromkeys(sample.case for sample in batch), passes)
+        self.progress.tell(str(condition), f"{total} of {total} samples")
 
     def check(self) -> None:
         """Does the network mislead attacks? Asked of the samples that it segments best."""
@@ -291,11 +333,12 @@ class Runner:
             self._use_less_memory(self.batch_size)
 
     def attack_with_enough_memory(
-        self, choice: AttackChoice | None, condition: Condition, batch: Sequence[Sample]
+        self, choice: AttackChoice | None, condition: Condition, batch: Sequence[Sample], passes: int = 0
     ) -> list[_Attacked]:
         """As ``attack``; when the memory is not enough, in halves from then on."""
         try:
-            return list(self.attack(choice, condition, batch))
+            with self.progress.doing(len(batch), passes) as watch:
+                return list(self.attack(choice, condition, batch, watch))
         except RuntimeError as error:
             if not is_out_of_memory(error) or (self.chunk == 1 and len(batch) == 1):
                 raise
@@ -303,7 +346,7 @@ class Runner:
         self._use_less_memory(len(batch))
         # Once and for all: the first part may halve the size again.
         parts = list(_batches(batch, self.batch_size))
-        return [one for part in parts for one in self.attack_with_enough_memory(choice, condition, part)]
+        return [one for part in parts for one in self.attack_with_enough_memory(choice, condition, part, passes)]
 
     def _use_less_memory(self, batch_size: int) -> None:
         self.chunk, self.batch_size = max(1, self.chunk // 2), max(1, batch_size // 2)
@@ -324,7 +367,13 @@ class Runner:
     def _new_graphs(self) -> CudaGraphs | None:
         return CudaGraphs(self.chunk) if self.evaluation.device.type == "cuda" else None
 
-    def attack(self, choice: AttackChoice | None, condition: Condition, batch: Sequence[Sample]) -> Iterator[_Attacked]:
+    def attack(
+        self,
+        choice: AttackChoice | None,
+        condition: Condition,
+        batch: Sequence[Sample],
+        watch: Watch | None = None,
+    ) -> Iterator[_Attacked]:
         """Attack a batch; without a choice it stays as it is, or is only clamped."""
         protocol, device, level = self.evaluation.protocol, self.evaluation.device, condition.level
         images, targets, threat = load_batch(self.cases, batch, protocol, level, device)
@@ -340,6 +389,7 @@ class Runner:
                 seed=self.evaluation.seed,
                 chunk=self.chunk,
                 graphs=self.graphs,
+                watch=watch,
             )
             result = attack(self.model.network, images, targets)
             perturbed, passes, backward = result.images, result.forward_passes, result.backward_passes
@@ -416,8 +466,23 @@ class Runner:
         whole = self.end_to_end is None or condition.level is None or name in self.records.end_to_end[condition]
         return whole and name in self.records.cases[condition]
 
+    def _most_passes(self, choice: AttackChoice | None) -> int:
+        """Of a sample."""
+        return 1 if choice is None else most_passes(choice.text, len(self.model.foreground))
+
+    def _tiles_end_to_end(self, condition: Condition) -> dict[str, int]:
+        """For each case that is attacked as a whole, how many tiles a pass through it is taken for.
+
+        The windows that the attack reaches are known only once the case is read; in 2D they are mostly the samples.
+        """
+        if self.end_to_end is None or condition.level is None:
+            return {}
+        axes = self.model.mirroring_axes if self.evaluation.end_to_end == "mirroring" else None
+        mirrored = 2 ** len(axes or ())
+        return {name: mirrored * len(self._samples_of[name]) for name in self.selection.complete_cases}
+
     def _score_finished(
-        self, choice: AttackChoice | None, condition: Condition, names: Iterable[str], bar: tqdm[None]
+        self, choice: AttackChoice | None, condition: Condition, names: Iterable[str], passes: int
     ) -> None:
         """Score, and attack as a whole, those of the named cases all of whose samples are done."""
         if self.case_level is None:
@@ -434,10 +499,9 @@ class Runner:
                 volume = self._volume(condition, name, found)
                 score = self.case_level.score(self.cases.load(name), volume)
                 if self.end_to_end and choice and name not in self.records.end_to_end[condition]:
-                    bar.set_postfix_str(f"{name} end to end")
-                    whole = self._attack_whole(self.end_to_end, choice, condition, name, places, volume, score)
+                    self.progress.tell(str(condition), f"{name} end to end")
+                    whole = self._attack_whole(self.end_to_end, choice, condition, name, places, volume, score, passes)
                     self.records.add_end_to_end(condition, name, whole)
-                    bar.set_postfix_str("")
                 # Last: with it the tiles go.
                 self.records.add_case(condition, name, score)
 
@@ -451,14 +515,19 @@ class Runner:
 
     def _attack_whole(
         self, attack: EndToEndAttack, choice: AttackChoice, condition: Condition, name: str,
-        places: Sequence[Place], volume: Tensor, score: CaseScore,
+        places: Sequence[Place], volume: Tensor, score: CaseScore, passes: int,
     ) -> EndToEndScore:  # fmt: skip
         """Attack a case through the sliding window; ``volume`` and ``score`` are what its samples' attacks make."""
         assert condition.level is not None
         level = condition.level
         before = Condition(CLAMP if self.evaluation.protocol.name == "paper" else CLEAN, None)
         carried = Carried(self.cases.load(name), places, volume, self.records.cases[before][name], score)
-        return self._in_smaller_passes(lambda chunk: attack(choice, level, carried, chunk))
+
+        def watched(chunk: int) -> EndToEndScore:
+            with self.progress.doing(1, passes, self._tiles_end_to_end(condition)[name]) as watch:
+                return attack(choice, level, carried, chunk, watch)
+
+        return self._in_smaller_passes(watched)
 
 
 def _key(sample: Sample) -> SampleKey:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -18,7 +20,6 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.environment import choose_device, versions
 from nnunet_ima.evaluation.evaluate import Request, evaluate, read_fold
-from nnunet_ima.evaluation.identity import FILE as RUN_FILE
 from nnunet_ima.evaluation.identity import read_run
 from nnunet_ima.evaluation.models import load_model, read_json
 from nnunet_ima.evaluation.protocols import parse_level
@@ -118,7 +119,9 @@ def _measure(request: Request) -> Candidate:
     seeds = (request.seed, request.samples_seed)
     way = (request.attacks, request.norm, request.levels, request.max_samples, *seeds, request.device)
     folder, request = request.output, replace(request, command=f"{MINE} {way}")
-    begun = read_run(folder)["head"] if (folder / RUN_FILE).is_file() else {}
+    begun: Mapping[str, Any] = {}
+    with contextlib.suppress(UserError):  # missing, or damaged: evaluate writes it anew, or says what is the matter
+        begun = read_run(folder)["head"]
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else ""
     same = begun.get("command") == request.command and begun["model"]["sha256"] == digest
     # Candidates are compared with each other, so all are measured by one program.

@@ -119,7 +119,17 @@ def _copy(task: Path, target: Path, name: str, subset: Subset) -> None:
         raise UserError(f"Scan and label of the case {name} in {task} differ in size; correct one of them.")
     box = None if subset.margin is None else _box(label, subset.margin, name)
     for part, volume in (("imagesTr", image), ("labelsTr", label)):
-        SimpleITK.WriteImage(_reduced(volume, box, subset.shrink), str(target / part / f"{name}{SUFFIX}"), True)
+        _write_image(_reduced(volume, box, subset.shrink), target / part / f"{name}{SUFFIX}")
+
+
+def _write_image(volume: SimpleITK.Image, file: Path) -> None:
+    try:
+        SimpleITK.WriteImage(volume, str(file), True)
+    except RuntimeError as error:
+        raise UserError(
+            f"{file} could not be written, and nothing of the copy was kept; make room on the disk, or give another "
+            f"folder with -o."
+        ) from error
 
 
 def _reduced(volume: SimpleITK.Image, box: Sequence[slice] | None, shrink: int) -> SimpleITK.Image:

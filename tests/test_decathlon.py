@@ -32,7 +32,6 @@ from nnunet_ima.evaluation.decathlon_study.cost import (
     Planned,
     attack_passes,
     count_slices,
-    most_passes,
     read_planned,
     training_cost,
 )
@@ -42,6 +41,7 @@ from nnunet_ima.evaluation.decathlon_study.evaluations import NAMES, NOISE, PGD1
 from nnunet_ima.evaluation.decathlon_study.study import METHODS
 from nnunet_ima.evaluation.decathlon_study.tasks import TASKS, GivenTask, find_tasks
 from nnunet_ima.evaluation.finished import asked_for
+from nnunet_ima.evaluation.most_passes import most_passes
 from nnunet_ima.evaluation.report.published import published_rows
 from nnunet_ima.evaluation.steps import Steps
 from nnunet_ima.evaluation.study import exclusive

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date, timedelta
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, cast
 
@@ -804,3 +806,73 @@ def test_a_model_of_unknown_weights_says_so(project, std_2d, tmp_path):
 
 def test_a_model_trained_from_random_weights_is_known(report):
     assert not report.summary["started_from_unknown_weights"]
+
+
+# ---- odd names
+
+
+def copied(std_2d: Path, project: Any, folder: Path, rename: Mapping[str, str], monkeypatch: Any) -> Path:
+    """Model folder of a copy, with its data, below ``folder``; cases are renamed, and those are the fold's."""
+    model, data = folder / "model", folder / "preprocessed" / project.dataset
+    (model / "fold_0").mkdir(parents=True)
+    for name in ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth"):
+        shutil.copyfile(std_2d / name, model / name)
+    for part in ("nnUNetPlans_2d", "gt_segmentations"):
+        (data / part).mkdir(parents=True)
+        for old, new in rename.items():
+            for file in (project.preprocessed / part).glob(f"{old}*"):
+                shutil.copyfile(file, data / part / f"{new}{file.name.removeprefix(old)}")
+    write(data / "splits_final.json", [{"train": [], "val": list(rename.values())}])
+    monkeypatch.setenv("nnUNet_preprocessed", str(data.parent))
+    return model
+
+
+def test_paths_with_spaces_and_umlauts(std_2d, project, tmp_path, monkeypatch, capsys):
+    odd, (first, *_) = tmp_path / "Prüfung der Geräte", project.names()
+    model = copied(std_2d, project, odd, {first: first}, monkeypatch)
+    raw = odd / "Rohdaten von Jürgen"
+    shutil.copytree(project.root / "nnUNet_raw" / project.dataset, raw / project.dataset)
+    monkeypatch.setenv("nnUNet_raw", str(raw))
+    way = ["-m", str(model), "-device", "cpu"]
+    run_folder, scans = odd / "Läufe 1", odd / "gestörte Bilder"
+    level = ["--max-samples", "3", "--levels", "8", "--attacks", "pgd:steps=1"]
+    assert main(["evaluate", *way, *level, "-o", str(run_folder)]) == 0
+    assert f"Written to {run_folder}" in capsys.readouterr().out
+    assert {file.name for file in run_folder.iterdir()} == FILES
+    with quiet():
+        assert (
+            main(["attack", *way, "--level", "8", "--attack", "pgd:steps=1", "--cases", first, "-o", str(scans)]) == 0
+        )
+    assert (scans / "images" / f"{first}_0000.nii.gz").is_file()
+    assert [case["case"] for case in read(scans / "attack.json")["cases"]] == [first]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file cannot have such a name there")
+def test_a_case_whose_name_is_html_is_shown_by_a_report_and_not_run(std_2d, project, tmp_path, monkeypatch):
+    name = "<img src=x onerror=alert(1)>&\"'é {{ 7 * 7 }}"
+    model = copied(std_2d, project, tmp_path, {project.names()[0]: name}, monkeypatch)
+    report = run(
+        tmp_path / "run", "-m", str(model), "--max-samples", "1000", "--levels", "8", "--attacks", "pgd:steps=1"
+    )
+    assert {row["case"] for row in report.samples} == {row["case"] for row in report.cases} == {name}
+    with quiet():
+        assert main(["report", str(report.folder), "-o", str(tmp_path / "out")]) == 0
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
+    assert name in page.text
+
+
+class Page(HTMLParser):
+    """Tags with the names of their attributes, and the text."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, list[str]]] = []
+        self.text = ""
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, [name for name, _ in attrs]))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data

@@ -9,24 +9,33 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunet_project import quiet, read, write
 
+from nnunet_ima.attacks.oracle import Watch
+from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation import models
+from nnunet_ima.evaluation import run as run_module
 from nnunet_ima.evaluation.cases import ValidationCases
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.examples import load_example
 from nnunet_ima.evaluation.identity import differences, digest, sealed
 from nnunet_ima.evaluation.journal import Journal
+from nnunet_ima.evaluation.merge import conditions_of
+from nnunet_ima.evaluation.models import TrainedModel, load_model
+from nnunet_ima.evaluation.progress import Progress
 from nnunet_ima.evaluation.records import Records, part_folders
+from nnunet_ima.evaluation.run import Runner, default_batch_size, samples_in_a_pass
 from nnunet_ima.evaluation.sources import SOURCES
 
 WAY = (
@@ -91,8 +100,7 @@ def test_of_a_journal_that_was_cut_anywhere_all_whole_records_remain(tmp_path_fa
 
 
 @given(st.integers(0, 10**6), st.integers(1, 255))
-def test_a_byte_that_was_changed_costs_no_more_than_two_records(tmp_path_factory, where, change):
-    """Two, if it was the line break between them."""
+def test_a_byte_that_was_changed_costs_no_more_than_one_record(tmp_path_factory, where, change):
     file = tmp_path_factory.mktemp("journal") / "journal.jsonl"
     records = [{"number": number, "name": "x" * number} for number in range(12)]
     Journal(file).append(records)
@@ -101,7 +109,27 @@ def test_a_byte_that_was_changed_costs_no_more_than_two_records(tmp_path_factory
     file.write_bytes(bytes(content))
     left = list(Journal(file).read())
     assert all(record in records for record in left)
-    assert len(left) >= len(records) - 2
+    assert len(left) >= len(records) - 1
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_a_byte_that_was_changed_costs_no_more_than_one_sample_and_no_case(
+    in_peace, tmp_path_factory, where, change
+):  # fmt: skip
+    (part,) = part_folders(in_peace)
+    identity = read(in_peace / "run.json")["identity"]
+    content = bytearray((part / "journal.jsonl").read_bytes())
+    content[where % len(content)] ^= change
+    spoilt = tmp_path_factory.mktemp("part")
+    (spoilt / "journal.jsonl").write_bytes(content)
+    before, after = (Records(folder, conditions_of(identity), digest(identity)) for folder in (part, spoilt))
+    assert after.name == before.name
+    lost = [(condition, key) for condition in before.samples for key in before.samples[condition].keys()
+            - after.samples[condition].keys()]  # fmt: skip
+    assert len(lost) <= 1
+    assert before.cases == after.cases
+    assert any(before.cases.values())
 
 
 # ---- killed
@@ -155,10 +183,8 @@ def test_what_is_done_is_not_attacked_again(std_2d, in_peace, tmp_path, monkeypa
     assert (output / "worst_samples.png").read_bytes() == (in_peace / "worst_samples.png").read_bytes()
 
 
-@pytest.mark.parametrize("lost", ["last bytes", "a tile", "middle"])
-def test_a_damaged_file_costs_what_stood_in_it_and_no_more(std_2d, in_peace, tmp_path, monkeypatch, lost):
-    """Stop it on the way, spoil what it left, and count what is attacked again."""
-    output = tmp_path / "run"
+def stop_on_the_way(model: Path, output: Path) -> None:
+    """Once 30 samples are noted."""
     stop_after = {"samples": 30}
     add = Records.add_samples
 
@@ -168,9 +194,104 @@ def test_a_damaged_file_costs_what_stood_in_it_and_no_more(std_2d, in_peace, tmp
         if stop_after["samples"] <= 0:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Records, "add_samples", stopping)
-        evaluate(std_2d, output, status=130)
+        patch.setattr("nnunet_ima.evaluation.evaluate._use_all_cores", lambda _: None)
+        evaluate(model, output, status=130)
+
+
+@pytest.fixture(scope="module")
+def stopped(std_2d, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    stop_on_the_way(std_2d, folder)
+    return folder
+
+
+def evaluate_and_count(model: Path, output: Path) -> int:
+    """How many samples are attacked, those without an attack included."""
+    attack, attacked = Runner.attack, 0
+
+    def counting(self: Runner, choice: Any, condition: Any, batch: Sequence[Any], *more: Any) -> Any:
+        nonlocal attacked
+        attacked += len(batch)
+        return attack(self, choice, condition, batch, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "attack", counting)
+        evaluate(model, output)
+    return attacked
+
+
+def assert_same(output: Path, in_peace: Path) -> None:
+    assert tables(output) == tables(in_peace)
+    assert (output / "worst_samples.png").read_bytes() == (in_peace / "worst_samples.png").read_bytes()
+    for file, key in (("run.json", "identity"), ("summary.json", "results")):
+        assert read(output / file)[key] == read(in_peace / file)[key]
+
+
+def damage(file: Path, kind: str, where: float) -> None:
+    """Flip a bit at a place, given as a share of the file, or cut the file off there."""
+    content = bytearray(file.read_bytes())
+    place = min(int(where * len(content)), len(content) - 1)
+    if kind == "cut":
+        del content[place:]
+    else:
+        content[place] ^= 1 << (place % 8)
+    file.write_bytes(content)
+
+
+def damaged_and_run_again(model: Path, original: Path, output: Path, name: str, kind: str, where: float) -> int:
+    """Of a copy of a run; how many samples were attacked then."""
+    shutil.copytree(original, output)
+    damage(output / name, kind, where)
+    return evaluate_and_count(model, output)
+
+
+def files_of(run: Path) -> list[str]:
+    """Those that hold something."""
+    files = [file for file in sorted(run.rglob("*")) if file.is_file() and file.stat().st_size]
+    return [str(file.relative_to(run)) for file in files]
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(st.booleans(), st.sampled_from(["flip", "cut"]), st.integers(0, 10**6), st.floats(0, 1))
+def test_whichever_byte_of_whichever_file_is_damaged_the_same_command_repairs_it(
+    std_2d, in_peace, stopped, tmp_path_factory, finished, kind, which, where
+):
+    original = in_peace if finished else stopped
+    names = files_of(original)
+    output = tmp_path_factory.mktemp("damaged") / "run"
+    # As often one of the few large or important files as one of the many small ones.
+    kinds = sorted({Path(name).suffix for name in names})
+    mine = [name for name in names if Path(name).suffix == kinds[which % len(kinds)]]
+    again = damaged_and_run_again(std_2d, original, output, mine[which // len(kinds) % len(mine)], kind, where)
+    assert_same(output, in_peace)
+    if kind == "flip":
+        (part,) = part_folders(original)
+        records = [record for record in Journal(part / "journal.jsonl").read() if record["kind"] == "sample"]
+        noted = {(record["condition"], record["case"], record["tile"]) for record in records}
+        everything = len((in_peace / "samples.csv").read_text().splitlines()) - 1
+        assert again <= everything - len(noted) + 1
+    shutil.rmtree(output)
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut"])
+@pytest.mark.parametrize("name", ["journal.jsonl", "run.json", ".npz", "summary.json", "samples.csv"])
+def test_a_damaged_file_of_a_finished_run_is_repaired(std_2d, in_peace, tmp_path, name, kind):
+    """In the first line of the journal stands whose it is."""
+    (found, *_) = [file for file in files_of(in_peace) if file.endswith(name)]
+    again = damaged_and_run_again(std_2d, in_peace, tmp_path / "run", found, kind, 0.0 if name == "run.json" else 1e-4)
+    assert_same(tmp_path / "run", in_peace)
+    everything = len((in_peace / "samples.csv").read_text().splitlines()) - 1
+    assert again == {"journal.jsonl": 0 if kind == "flip" else everything, ".npz": 1}.get(name, 0)
+
+
+@pytest.mark.parametrize("lost", ["last bytes", "a tile", "middle"])
+def test_a_damaged_file_costs_what_stood_in_it_and_no_more(std_2d, in_peace, stopped, tmp_path, lost):
+    """Stop it on the way, spoil what it left, and count what is attacked again."""
+    output = tmp_path / "run"
+    shutil.copytree(stopped, output)
     (part,) = part_folders(output)
     before = list(Journal(part / "journal.jsonl").read())
     noted = sum(record["kind"] == "sample" for record in before)
@@ -238,6 +359,65 @@ def test_parts_run_in_folders_of_their_own_are_joined(std_2d, in_peace, tmp_path
             assert main(["evaluate", "--merge", *map(str, folders), "-o", str(tmp_path / "joined")]) == 0
     assert tables(tmp_path / "joined") == tables(in_peace)
     assert (tmp_path / "joined/worst_samples.png").read_bytes() == (in_peace / "worst_samples.png").read_bytes()
+
+
+def test_several_folders_are_joined_only_where_they_are_told_to_go(std_2d, in_peace, tmp_path, capsys):
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        shutil.copytree(in_peace, folder)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert "with -o" in sentence(capsys, "--merge", *map(str, folders))
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    (folders[0] / "samples.csv").unlink()
+    with quiet():
+        assert main(["evaluate", "--merge", str(folders[0])]) == 0
+    assert tables(folders[0]) == tables(in_peace)
+
+
+@pytest.mark.parametrize("when", ["reading cases", "attacking", "at the same part"])
+def test_what_a_refused_process_removes_is_its_own(std_2d, in_peace, tmp_path, capsys, when):
+    """Another one begins a part between its start and its end, and has noted no sample yet."""
+    output, context = tmp_path / "run", multiprocessing.get_context("fork")
+    begun, to_go_on = context.Event(), context.Event()
+    plan, select, attack = Records.plan, run_module.select_samples, Runner.attack
+    mine, other = (("-num_parts", "2", "-part_id", part) for part in ("0" if when == "at the same part" else "1", "0"))
+
+    def wait_after_planning(*arguments: Any) -> None:
+        plan(*arguments)
+        begun.set()
+        assert to_go_on.wait(60)
+
+    def run_other() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Records, "plan", wait_after_planning)
+            patch.setattr(run_module, "select_samples", select)
+            patch.setattr(Runner, "attack", attack)
+            evaluate(std_2d, output, *other)
+
+    child = context.Process(target=run_other)
+
+    def meanwhile(*arguments: Any) -> Any:
+        child.start()
+        assert begun.wait(60)
+        if when == "at the same part":
+            return select(*arguments)
+        raise UserError("The case cannot be read; preprocess again.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if when == "attacking":
+            patch.setattr(Runner, "attack", meanwhile)
+        else:
+            patch.setattr(run_module, "select_samples", meanwhile)
+        answer = sentence(capsys, "-m", str(std_2d), "-o", str(output), *WAY, *mine)
+    assert ("at work" if when == "at the same part" else "cannot be read") in answer
+    assert [folder.name for folder in part_folders(output)] == ["part_0_of_2"]
+    to_go_on.set()
+    child.join()
+    assert child.exitcode == 0
+    evaluate(std_2d, output, "-num_parts", "2", "-part_id", "1")
+    with quiet():
+        assert main(["evaluate", "--merge", "-o", str(output)]) == 0
+    assert tables(output) == tables(in_peace)
 
 
 def test_what_is_missing_is_named(std_2d, tmp_path, capsys):
@@ -369,13 +549,38 @@ def test_results_of_a_version_without_records_are_not_overwritten(std_2d, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"schema": "nnunet_ima/run/99"}', "{", '{"schema": "nnunet_ima/run/2"}']
+    "content", ["", "[]", '{"schema": "nnunet_ima/run/99"}', "{", '{"schema": "nnunet_ima/run/2"}', None]
 )
-def test_a_damaged_run_file_is_named(std_2d, in_peace, tmp_path, capsys, content):
-    shutil.copytree(in_peace, tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_text(content)
-    assert "run.json" in sentence(capsys, "-m", str(std_2d), "-o", str(tmp_path / "run"), *WAY)
-    assert "run.json" in sentence(capsys, "--merge", "-o", str(tmp_path / "run"))
+def test_a_run_file_that_is_lost_is_named_and_the_same_command_writes_it_anew(
+    std_2d, in_peace, tmp_path, capsys, content
+):  # fmt: skip
+    output = tmp_path / "run"
+    shutil.copytree(in_peace, output)
+    if content is None:
+        (output / "run.json").unlink()
+    else:
+        (output / "run.json").write_text(content)
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    answer = sentence(capsys, "--merge", "-o", str(output))
+    assert "run.json" in answer
+    assert "give the command again that began" in answer
+    assert "run.json" in sentence(capsys, "-m", str(std_2d), "-o", str(output), *WAY, "--seed", "1")
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+    assert main(["evaluate", "-m", str(std_2d), "-o", str(output), *WAY]) == 0
+    assert f"run.json was {'missing' if content is None else 'damaged'}" in capsys.readouterr().out
+    assert_same(output, in_peace)
+
+
+def test_any_part_writes_the_run_file_anew_for_all(std_2d, in_peace, tmp_path, capsys):
+    output = tmp_path / "run"
+    for part in ("0", "1"):
+        evaluate(std_2d, output, "-num_parts", "2", "-part_id", part)
+    damage(output / "run.json", "cut", 0.5)
+    assert "run.json is damaged" in sentence(capsys, "--merge", "-o", str(output))
+    evaluate(std_2d, output, "-num_parts", "2", "-part_id", "1")
+    with quiet():
+        assert main(["evaluate", "--merge", "-o", str(output)]) == 0
+    assert_same(output, in_peace)
 
 
 json_values = st.recursive(
@@ -446,6 +651,103 @@ def test_no_damage_to_a_file_is_taken_for_its_content(in_peace, tmp_path):
         assert load_example(tmp_path / "file", "case", 0) is None
     (tmp_path / "file").write_bytes(original)
     assert load_example(tmp_path / "file", "case", 0) is not None
+
+
+# ---- the bar
+
+
+class Bar(Progress):
+    """Remembers where it was."""
+
+    all: list[Bar] = []  # noqa: RUF012 (of the class on purpose)
+
+    def __init__(self, work: int, done: int, shown: bool) -> None:
+        self.work, self.places, self.counts = work, [done], [0]
+        Bar.all.append(self)
+        super().__init__(work, done, shown)
+
+    @contextmanager
+    def doing(self, count: int, passes: int, weight: int = 1) -> Iterator[Watch]:
+        self.counts.append(count)
+        with super().doing(count, passes, weight) as watch:
+            yield watch
+
+    def _go_to(self, passes: int) -> None:
+        super()._go_to(passes)
+        self.places.append(passes)
+        assert self._bar.n == passes
+
+
+@pytest.fixture
+def bars(monkeypatch) -> list[Bar]:
+    monkeypatch.setattr(run_module, "Progress", Bar)
+    monkeypatch.setattr(Bar, "all", [])
+    return Bar.all
+
+
+@pytest.mark.parametrize("end_to_end", [(), ("--end-to-end",), ("--end-to-end-mirroring",)])
+def test_the_bar_moves_with_the_passes_and_ends_at_its_total(std_2d, tmp_path, bars, end_to_end):
+    evaluate(std_2d, tmp_path / "run", "--batch-size", "64", "--max-samples", "20", *end_to_end)
+    (bar,) = bars
+    assert bar.places == sorted(bar.places)
+    assert bar.places[0] == 0
+    assert bar.places[-1] == bar.work
+    # Within a batch as well: there is one for each of five conditions.
+    assert len(set(bar.places)) > 3 * 5
+
+
+def test_a_run_that_goes_on_begins_its_bar_where_it_was_stopped(std_2d, stopped, tmp_path, bars):
+    shutil.copytree(stopped, tmp_path / "run")
+    evaluate(std_2d, tmp_path / "run")
+    evaluate(std_2d, tmp_path / "run")
+    again, done = bars
+    assert 0 < again.places[0] < again.work == again.places[-1]
+    assert again.places == sorted(again.places)
+    assert done.places[0] == done.work == again.work
+
+
+def test_a_batch_that_fails_for_want_of_memory_does_not_count(std_2d, tmp_path, bars, monkeypatch):
+    attack = Runner.attack
+
+    def hungry(self: Runner, choice: Any, condition: Any, batch: Sequence[Any], watch: Watch) -> Any:
+        found = list(attack(self, choice, condition, batch, watch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    monkeypatch.setattr(Runner, "attack", hungry)
+    evaluate(std_2d, tmp_path / "run", "--max-samples", "8")
+    (bar,) = bars
+    assert bar.places != sorted(bar.places)
+    assert max(bar.places) == bar.places[-1] == bar.work
+
+
+@pytest.mark.parametrize(
+    ("device", "planned", "patch", "chunk", "batch"),
+    [
+        ("cpu", 366, (56, 40), 8, 32),  # hippocampus
+        ("cpu", 5, (56, 40), 5, 20),
+        ("cpu", 49, (128, 128), 4, 16),
+        ("cpu", 30, (320, 256), 1, 1),  # heart
+        ("cpu", 9, (40, 56, 40), 1, 1),
+        ("mps", 366, (56, 40), 16, 64),
+        ("cuda", 366, (56, 40), 128, 64),
+        ("cuda", 30, (320, 256), 15, 64),
+    ],
+)
+def test_samples_in_flight_are_as_few_as_cost_little(device, planned, patch, chunk, batch):
+    model = cast(TrainedModel, SimpleNamespace(configuration=SimpleNamespace(patch_size=patch, batch_size=planned)))
+    assert samples_in_a_pass(model, torch.device(device)) == chunk
+    assert default_batch_size(model, torch.device(device)) == batch
+
+
+def test_that_many_are_attacked_at_once(std_2d, tmp_path, bars):
+    way = [word for word in WAY if word not in ("--batch-size", "4")]
+    model = load_model(std_2d, 0, "checkpoint_final.pth", torch.device("cpu"))
+    with quiet():
+        assert main(["evaluate", "-m", str(std_2d), "-o", str(tmp_path / "run"), *way, "--max-samples", "40"]) == 0
+    (bar,) = bars
+    assert max(bar.counts) == default_batch_size(model, torch.device("cpu")) == 32
 
 
 # ---- too little memory

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +177,37 @@ def test_what_cannot_be_is_said_and_nothing_is_left(task, tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
     out.mkdir()
     assert "exists already" in refused(capsys, task, "-o", out, "--cases", 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on the size of files")
+@pytest.mark.parametrize("part", ["imagesTr", "labelsTr"])
+def test_a_file_that_cannot_be_written_whole_is_named_and_nothing_is_left(task, tmp_path, part):
+    """The system itself refuses to make a file longer, as a full disk would."""
+    largest = {kind: max(file.stat().st_size for file in (task / kind).iterdir()) for kind in ("imagesTr", "labelsTr")}
+    limit = largest["labelsTr"] + 200 if part == "imagesTr" else 60
+    assert limit < largest[part]
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        "from nnunet_ima.evaluation.command_line import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "subset", str(task), "-o", str(tmp_path / "Task01_X"), "--cases", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    *_, sentence = done.stderr.splitlines()
+    assert sentence.rpartition("\r")[2].startswith("nnunet_ima: ")
+    assert "could not be written" in sentence
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_with_spaces_and_umlauts(task, tmp_path, capsys):
+    source = tmp_path / "Über alle Maßen" / "Task77_Quelle"
+    shutil.copytree(task, source)
+    output = tmp_path / "kleine Menge" / "Task01_Größe"
+    assert main(["subset", str(source), "-o", str(output), "--cases", "2", "--crop", "1"]) == 0
+    assert f"Written to {output}" in capsys.readouterr().out
+    assert len(names(output)) == 2
+    assert all(SimpleITK.GetArrayFromImage(read(output, "labelsTr", name)).any() for name in names(output))
 
 
 def test_a_case_without_foreground_cannot_be_cropped(task, tmp_path, capsys):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nnunet_ima.attack_losses import LOSSES, LossFunction
 from nnunet_ima.attacks.graphs import CudaGraphs
-from nnunet_ima.attacks.oracle import BestSoFar, Oracle, undisturbed
+from nnunet_ima.attacks.oracle import BestSoFar, Oracle, Watch, undisturbed
 from nnunet_ima.attacks.rounding import InwardRounding
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.losses import Outputs, first
@@ -67,6 +67,7 @@ class Attack(ABC):
             so that the next batch finds everything captured.
         start: (B, C, *spatial), where PGD and APGD begin their first run instead of where they do by themselves; other
             attacks have no use for it.
+        watch: is told after each pass how many each sample has taken, see :data:`~nnunet_ima.attacks.oracle.Watch`.
     """
 
     name: ClassVar[str]
@@ -85,6 +86,7 @@ class Attack(ABC):
     autocast: Autocast = nullcontext
     graphs: CudaGraphs | None = field(default=None, compare=False, repr=False)
     start: Tensor | None = field(default=None, compare=False, repr=False)
+    watch: Watch | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -152,6 +154,7 @@ class Attack(ABC):
                 repeats=self.repeats,
                 graphs=self.graphs,
                 rounding=rounding,
+                watch=self.watch,
             )
             oracle.dice(start, torch.arange(len(images), device=images.device))
             yield oracle, best

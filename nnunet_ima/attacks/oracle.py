@@ -21,6 +21,9 @@ from nnunet_ima.losses import Outputs, first
 from nnunet_ima.lp import per_sample
 from nnunet_ima.precision import Autocast, single_precision
 
+Watch = Callable[[Tensor], None]
+"""Is told, after each pass, how many passes each sample has taken so far, forward and backward: (B,) of int64."""
+
 
 class Ascent(NamedTuple):
     """Loss (B,), its gradient with respect to the images (B, C, *spatial), and Dice (B,) at the same point."""
@@ -68,6 +71,7 @@ class Oracle:
         checked: the targets are known to belong to the network; else the first answer looks at them.
         rounding: makes of points and index the images that the network is really asked about, and that are kept; None
             for the points themselves.
+        watch: is told of each pass; it must not change what it is given.
 
     A pass that has to be repeated in single precision, because half precision overflowed, counts once.
     """
@@ -85,7 +89,9 @@ class Oracle:
         graphs: CudaGraphs | None = None,
         checked: bool = False,
         rounding: Callable[[Tensor, Tensor], Tensor] | None = None,
+        watch: Watch | None = None,
     ) -> None:
+        self._watch = watch
         self._rounding = rounding
         self._repeats = repeats
         self._graphs = graphs
@@ -214,6 +220,8 @@ class Oracle:
 
     def _count(self, passes: Tensor, index: Tensor) -> None:
         passes.index_add_(0, index.cpu(), torch.full((len(index),), self._repeats, dtype=torch.long))
+        if self._watch is not None:
+            self._watch(self.forward_passes + self.backward_passes)
 
     def _loss_at(self, progress: float) -> LossFunction:
         changing: Callable[[float], LossFunction] | None = getattr(self._loss, "at", None)
