@@ -123,13 +123,18 @@ def _copy(task: Path, target: Path, name: str, subset: Subset) -> None:
 
 
 def _write_image(volume: SimpleITK.Image, file: Path) -> None:
+    # SimpleITK says nothing where a full disk cuts a file off, so what was written is read again.
     try:
         SimpleITK.WriteImage(volume, str(file), True)
-    except RuntimeError as error:
+        there, wanted = map(SimpleITK.GetArrayFromImage, (SimpleITK.ReadImage(str(file)), volume))
+        whole = np.array_equal(there, wanted, equal_nan=True)
+    except RuntimeError:
+        whole = False
+    if not whole:
         raise UserError(
-            f"{file} could not be written, and nothing of the copy was kept; make room on the disk, or give another "
-            f"folder with -o."
-        ) from error
+            f"{file} could not be written whole, so nothing of the copy was kept; make room on the disk, or give "
+            f"another folder with -o."
+        )
 
 
 def _reduced(volume: SimpleITK.Image, box: Sequence[slice] | None, shrink: int) -> SimpleITK.Image:

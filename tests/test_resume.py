@@ -663,7 +663,8 @@ class Bar(Progress):
 
     def __init__(self, work: int, done: int, shown: bool) -> None:
         self.work, self.places, self.counts = work, [done], [0]
-        Bar.all.append(self)
+        if shown:
+            Bar.all.append(self)
         super().__init__(work, done, shown)
 
     @contextmanager
