@@ -202,6 +202,8 @@ class Records:
 
     def _drop_examples(self, condition: Condition) -> None:
         """Only once the scores that beat them are noted: a killed run needs them still."""
+        if condition.level is None:
+            return
         wanted = {_example_file(sample) for sample in _shown(self.samples[condition].values())}
         for file in self._examples(condition).glob("*.npz"):
             if file.name not in wanted:

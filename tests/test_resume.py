@@ -254,7 +254,7 @@ def files_of(run: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.booleans(), st.sampled_from(["flip", "cut"]), st.integers(0, 10**6), st.floats(0, 1))
 def test_whichever_byte_of_whichever_file_is_damaged_the_same_command_repairs_it(
     std_2d, in_peace, stopped, tmp_path_factory, finished, kind, which, where
@@ -712,7 +712,7 @@ def test_a_batch_that_fails_for_want_of_memory_does_not_count(std_2d, tmp_path, 
 
     def hungry(self: Runner, choice: Any, condition: Any, batch: Sequence[Any], watch: Watch) -> Any:
         found = list(attack(self, choice, condition, batch, watch))
-        if len(batch) > 2:
+        if choice and len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return found
 
