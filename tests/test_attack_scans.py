@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from little_memory import make_memory_little
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nnunet_project import Project, quiet, read, write
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation import models
 from nnunet_ima.evaluation.case_level import CaseLevel
 from nnunet_ima.evaluation.cases import ValidationCases
 from nnunet_ima.evaluation.command_line import main
@@ -377,23 +377,8 @@ def test_a_case_that_was_preprocessed_anew_is_noticed(small, both, capsys, monke
 
 
 def test_with_too_little_memory_fewer_samples_go_at_once(small, both, tmp_path, monkeypatch, capsys):
-    sizes: list[int] = []
-    build = models._build_network
-
-    def little(*arguments: Any) -> Any:
-        network = build(*arguments)
-
-        def refuse(_: Any, inputs: tuple[torch.Tensor]) -> None:
-            # Gradients take most.
-            if torch.is_grad_enabled() and inputs[0].device.type != "meta":
-                sizes.append(len(inputs[0]))
-                if len(inputs[0]) > 2:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-
-        network.register_forward_pre_hook(refuse)
-        return network
-
-    monkeypatch.setattr(models, "_build_network", little)
+    # Gradients take most.
+    sizes = make_memory_little(monkeypatch, 2, only_gradients=True)
     output = tmp_path / "out"
     run(*request_of(small, output))
     assert sizes.count(8) == 1  # not tried again, in another case either

@@ -20,11 +20,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from little_memory import make_memory_little
 from nnunet_project import quiet, read, write
 
 from nnunet_ima.attacks.oracle import Watch
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation import models
 from nnunet_ima.evaluation import run as run_module
 from nnunet_ima.evaluation.cases import ValidationCases
 from nnunet_ima.evaluation.command_line import main
@@ -755,22 +755,7 @@ def test_that_many_are_attacked_at_once(std_2d, tmp_path, bars):
 
 
 def test_out_of_memory_halves_the_batch_and_says_so(std_2d, in_peace, tmp_path, monkeypatch, capsys):
-    sizes: list[int] = []
-    build = models._build_network
-
-    def small(*arguments: Any) -> Any:
-        network = build(*arguments)
-
-        def refuse(_: Any, inputs: tuple[torch.Tensor]) -> None:
-            if inputs[0].device.type != "meta":
-                sizes.append(len(inputs[0]))
-                if len(inputs[0]) > 2:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-
-        network.register_forward_pre_hook(refuse)
-        return network
-
-    monkeypatch.setattr(models, "_build_network", small)
+    sizes = make_memory_little(monkeypatch, 2)
     output = tmp_path / "run"
     assert main(["evaluate", "-m", str(std_2d), "-o", str(output), *WAY]) == 0
     written = capsys.readouterr()
