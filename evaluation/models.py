@@ -233,6 +233,9 @@ def _check_fields(plans: PlansManager, configuration: ConfigurationManager, data
     batch_size = configuration.batch_size
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}")
+    masks = configuration.use_mask_for_norm
+    if not isinstance(masks, list) or not all(isinstance(mask, bool) for mask in masks):
+        raise TypeError(f"use_mask_for_norm is {masks!r}")
     names = {
         "dataset_name": plans.dataset_name,
         "plans_name": plans.plans_name,
