@@ -154,8 +154,8 @@ def _watch(process: subprocess.Popen[bytes], log: Path, step: str, counted: str,
 
 
 def _percentage(text: str) -> int:
-    """The last percentage that a step's own progress bar printed."""
-    found = re.findall(r"(\d{1,3})%\|", text[-2000:])
+    """The last percentage that a step's own progress bar printed, however much was printed after it."""
+    found = re.findall(r"(\d{1,3})%\|", text)
     return min(int(found[-1]), 100) if found else 0
 
 

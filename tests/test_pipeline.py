@@ -22,6 +22,7 @@ from nnunet_ima.evaluation import steps as module
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.identity import read_run
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, SmallNetwork
+from nnunet_ima.evaluation.steps import _percentage
 
 NETWORK = SmallNetwork("2d_small", features=8, most_features=16, batch_size=4)
 STOCK = Method("stock", "nnUNetTrainerSTD", {})
@@ -314,3 +315,11 @@ def test_plans_hold_a_small_configuration_a_method_and_where_it_starts_from(pipe
     assert "start_from" not in entries[0]["nnunet_ima"]
     start = pipeline.fold_folder(dataset, stock) / "checkpoint_final.pth"
     assert entries[1]["nnunet_ima"] == {"num_epochs": 2, "start_from": str(start)}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", 0), ("no bar", 0), ("  0%|  | 0/9\r 44%|## | 4/9", 44), ("100%|#| 9/9\n" + "what it found\n" * 500, 100)],
+)
+def test_the_bar_of_a_step_does_not_fall_back_when_its_table_is_printed(text, expected):
+    assert _percentage(text) == expected
