@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from nnunet_ima.attacks import Finding
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.ensembles import points_for_tvdi
@@ -17,6 +19,7 @@ from nnunet_ima.evaluation.pictures import draw_dice_against_level, draw_worst
 from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.evaluation.records import RECORDS, Records, part_folders
 from nnunet_ima.evaluation.summary import summarise, write_all
+from nnunet_ima.files import remove_leftovers
 
 NAMED = 3
 
@@ -73,6 +76,14 @@ def merge(folder: Path) -> dict[str, Any]:
         outcome.points = points_for_tvdi(outcome, start)
     chunks = [part.smallest_chunk for part in parts if part.smallest_chunk is not None]
     summary = summarise(run["head"], outcomes, min(chunks, default=None))
+    # Merges wait for each other: only then is what lies half written in the folder a killed process's.
+    with filelock.FileLock(folder / RECORDS / "merge.lock"):
+        remove_leftovers(folder)
+        _write(folder, outcomes, summary)
+    return summary
+
+
+def _write(folder: Path, outcomes: Sequence[Outcome], summary: dict[str, Any]) -> None:
     # It stands for a complete set: an older one must not stay beside newer tables if writing these fails.
     (folder / "summary.json").unlink(missing_ok=True)
     # The tables first: no picture is worth the attacks of a night.
@@ -82,7 +93,6 @@ def merge(folder: Path) -> dict[str, Any]:
     strongest = min(outcomes[1:], key=lambda o: sum(score.dice for score in o.samples))
     if strongest.worst:
         draw_worst(strongest, summary["classes"], folder / "worst_samples.png")
-    return summary
 
 
 def conditions_of(identity: Mapping[str, Any]) -> list[Condition]:

@@ -39,8 +39,7 @@ def digest_of(packages: Mapping[str, Path]) -> str:
 def source_files(packages: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
     """What a number may depend on, as ``nnunet_ima/attacks/apgd.py``, and where it is; also through linked folders."""
     for package, folder in packages.items():
-        # pathlib would not look into linked folders.
-        for found in glob.glob("**/*.py", root_dir=folder, recursive=True):  # noqa: PTH207
+        for found in glob.glob("**/*.py", root_dir=folder, recursive=True):  # noqa: PTH207 (pathlib skips linked folders)
             name = f"{package.replace('.', '/')}/{Path(found).as_posix()}"
             if "__pycache__" not in name and not name.startswith(LEFT_OUT):
                 yield name, folder / found

@@ -35,7 +35,7 @@ def files_for(root: Path, reader: str, channels: int = 1, ending: str = ".nii.gz
     return ScanFiles(
         SimpleNamespace(
             plans=plans, dataset_json={"file_ending": ending, "channel_names": names}, folder=root, channels=channels
-        )  # type: ignore[arg-type]
+        )  # type: ignore[arg-type]  # of a model, what the class reads
     )
 
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.examples import load_example
 from nnunet_ima.evaluation.identity import differences, digest, sealed
 from nnunet_ima.evaluation.journal import Journal
-from nnunet_ima.evaluation.merge import conditions_of
+from nnunet_ima.evaluation.merge import conditions_of, merge
 from nnunet_ima.evaluation.models import TrainedModel, load_model
 from nnunet_ima.evaluation.progress import Progress
 from nnunet_ima.evaluation.records import Records, part_folders
@@ -170,6 +172,49 @@ def test_killed_at_random_moments_it_ends_with_the_same_tables(std_2d, in_peace,
     assert (output / "table.md").read_text() == (in_peace / "table.md").read_text()
     assert not list(output.rglob("*.tmp"))
     assert not list(output.rglob("tiles"))
+
+
+@pytest.mark.parametrize("name", ["run.json", "samples.csv", "worst_samples.png"])
+def test_what_a_kill_left_half_written_beside_the_tables_goes(std_2d, in_peace, tmp_path, name):
+    output = tmp_path / "run"
+    if name != "run.json":
+        shutil.copytree(in_peace, output)
+
+    def killed_while_writing() -> None:
+        for module, function in ((Path, "replace"), (os, "link")):
+            move = getattr(module, function)
+
+            def move_or_die(here: Any, there: Any, move: Any = move) -> Any:
+                if Path(there) == output / name:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return move(here, there)
+
+            setattr(module, function, move_or_die)
+        evaluate(std_2d, output)
+
+    child = multiprocessing.get_context("fork").Process(target=killed_while_writing)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert len(list(output.glob(f".{name}.*.tmp"))) == 1
+    evaluate(std_2d, output)
+    assert not list(output.rglob("*.tmp"))
+    assert tables(output) == tables(in_peace)
+
+
+def test_merges_of_one_folder_wait_for_each_other(in_peace, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    shutil.copytree(in_peace, output)
+    seen: list[Path] = []
+
+    def another_has_to_wait(folder: Path) -> None:
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(folder / "records" / "merge.lock").acquire(timeout=0)
+        seen.append(folder)
+
+    monkeypatch.setattr("nnunet_ima.evaluation.merge.remove_leftovers", another_has_to_wait)
+    merge(output)
+    assert seen == [output]
 
 
 def test_what_is_done_is_not_attacked_again(std_2d, in_peace, tmp_path, monkeypatch):
