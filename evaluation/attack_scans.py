@@ -25,6 +25,7 @@ from nnunet_ima.evaluation.cases import Case, Sample, ValidationCases
 from nnunet_ima.evaluation.description import identify
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.identity import read_sealed, refuse_different, sealed
+from nnunet_ima.evaluation.locks import alone
 from nnunet_ima.evaluation.metrics import Segmentation, nan_mean
 from nnunet_ima.evaluation.models import TrainedModel
 from nnunet_ima.evaluation.outcomes import CLEAN, Condition
@@ -37,7 +38,7 @@ from nnunet_ima.files import write_text
 from nnunet_ima.lp import Norm
 from nnunet_ima.overlap import Place
 
-FILE = "attack.json"
+FILE, LOCK = "attack.json", ".lock"
 SCHEMA = "nnunet_ima/attack/3"
 IMAGES = ("images", "perturbation")
 PARTS = (*IMAGES, "before", "after")
@@ -139,13 +140,14 @@ def attack_scans(
         progress=progress,
     )  # fmt: skip
     identity = identify(evaluation, [], evaluation.chunk)
-    done = _finished(output, identity, cases)
+    _finished(output, identity, cases)  # what is no folder for this gets no lock either
     head = {
         "schema": SCHEMA, "model": model.describe(), "attack": attack, "norm": norm, "level": level, "seed": seed,
         "unit": protocol.unit, "range": protocol.range, "command": command, "versions": versions(),
         "identity": identity,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
+    with _at_work_alone(output), tempfile.TemporaryDirectory() as folder:
+        done = _finished(output, identity, cases)
         attacker = _Attacker(evaluation, cases, files, choice, Path(folder))
         with attacker.records.writing():
             for name in tqdm([name for name in chosen if name not in done], unit="case", disable=not progress):
@@ -258,7 +260,6 @@ def _finished(output: Path, identity: dict[str, Any], cases: ValidationCases) ->
     """
     if not output.exists():
         return {}
-    # What a killed call left of a case.
     mine = [entry for entry in output.iterdir() if not _is_leftover(entry)] if output.is_dir() else [output]
     if not mine:
         return {}
@@ -289,7 +290,7 @@ def _files(model: TrainedModel, output: Path, name: str) -> list[Path]:
 @contextmanager
 def _whole_or_not(output: Path, name: str) -> Iterator[Path]:
     """A folder with the parts of a case, which come to those of ``output`` once all of them are there."""
-    was_there, room = output.is_dir(), output / f".{name}.tmp"
+    room = output / f".{name}.tmp"
     shutil.rmtree(room, ignore_errors=True)
     try:
         for part in PARTS:
@@ -301,12 +302,30 @@ def _whole_or_not(output: Path, name: str) -> Iterator[Path]:
                 file.replace(output / part / file.name)
     finally:
         shutil.rmtree(room, ignore_errors=True)
-        if not was_there and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()
+
+
+@contextmanager
+def _at_work_alone(output: Path) -> Iterator[None]:
+    """Hold the folder, which is made, and goes again if nothing came into it.
+
+    Raises:
+        UserError: another process is writing into it.
+    """
+    was_there = output.is_dir()
+    refusal = (
+        f"Another process is writing perturbed scans to {output}; wait until it has ended, or give another folder."
+    )
+    with alone(output / LOCK, refusal):
+        try:
+            yield
+        finally:
+            if not was_there and all(map(_is_leftover, output.iterdir())):
+                shutil.rmtree(output)
 
 
 def _is_leftover(entry: Path) -> bool:
-    return entry.name.startswith(".") and entry.name.endswith(".tmp")
+    """Whether it is no result: the lock, or what a killed call left of a case."""
+    return entry.name == LOCK or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
 
 
 def _distance_but_for_normalisation(seen: Volume, wanted: Volume, where: np.ndarray[Any, Any]) -> float:

@@ -21,11 +21,9 @@ from torch import Tensor
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import nnunet_folder
 from nnunet_ima.evaluation.models import TrainedModel
+from nnunet_ima.labels import OUTSIDE
 from nnunet_ima.overlap import Place
 from nnunet_ima.tiles import tile_grid
-
-# What nnU-Net's preprocessing writes into a segmentation where the scan is zero and nothing is labelled.
-OUTSIDE = -1
 
 
 @dataclass(frozen=True)

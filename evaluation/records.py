@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.checked_file import read_checked, write_checked
 from nnunet_ima.evaluation.examples import Example, load_example, save_example
 from nnunet_ima.evaluation.journal import Journal, Record
+from nnunet_ima.evaluation.locks import alone
 from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.outcomes import (
     Condition,
@@ -94,14 +94,14 @@ class Records:
         Raises:
             UserError: another one does.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.folder / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UserError(
-                f"Another process is at work on {self.folder}; wait for it, or give each machine a -part_id of its own."
-            ) from None
+        refusal = (
+            f"Another process is at work on {self.folder}; wait for it, or give each machine a -part_id of its own."
+        )
+        with alone(self.folder / "lock", refusal), self._begun():
+            yield
+
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
         # Looked at under the lock: what another process began is not this one's to remove.
         fresh = not self._journal.file.exists()
         try:
@@ -115,8 +115,6 @@ class Records:
             if fresh and not any(self.samples.values()):
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
-        finally:
-            lock.release()
 
     def plan(
         self, samples: Mapping[str, Sequence[int]], complete_cases: Sequence[str], fingerprints: Mapping[str, int]

@@ -75,10 +75,13 @@ def select(request: Request, max_clean_drop: float, reference: Path | None) -> t
         raise UserError(f"{fold} holds no snapshot and no final checkpoint; train with nnUNetTrainerIMA first.")
     _check(request, reference)
     output = request.output or fold / "nnunet_ima" / "selection"
+    request = replace(request, command=f"{MINE} {_way(request)}")
+    # One folder for each way of measuring, so that another one costs none of what was found.
+    measurements = output / hashlib.sha256(request.command.encode()).hexdigest()[:8]
     aim = -math.inf
     if reference is not None:
-        aim = _measure(replace(request, model=reference, checkpoint=FINAL, output=output / "reference")).clean
-    measured = [_measure(replace(request, checkpoint=file.name, output=output / file.stem)) for file in files]
+        aim = _measure(replace(request, model=reference, checkpoint=FINAL, output=measurements / "reference")).clean
+    measured = [_measure(replace(request, checkpoint=file.name, output=measurements / file.stem)) for file in files]
     measured.sort(key=lambda candidate: (candidate.epoch, candidate.checkpoint))
     if reference is None:
         aim = max(candidate.clean for candidate in measured)
@@ -115,10 +118,7 @@ def _measure(request: Request) -> Candidate:
     """Clean and attacked TVDI; what the same program measured before of the same file in the same way is read."""
     assert request.output is not None
     checkpoint = _model_of(request) / f"fold_{request.fold}" / request.checkpoint
-    # Not the command as typed: with another budget for clean Dice, the measurements are the same.
-    seeds = (request.seed, request.samples_seed)
-    way = (request.attacks, request.norm, request.levels, request.max_samples, *seeds, request.device)
-    folder, request = request.output, replace(request, command=f"{MINE} {way}")
+    folder = request.output
     begun: Mapping[str, Any] = {}
     with contextlib.suppress(UserError):  # missing, or damaged: evaluate writes it anew, or says what is the matter
         begun = read_run(folder)["head"]
@@ -127,7 +127,7 @@ def _measure(request: Request) -> Candidate:
     # Candidates are compared with each other, so all are measured by one program.
     same = same and begun["versions"] == versions()
     if not same and str(begun.get("command", "")).startswith(MINE):
-        shutil.rmtree(folder)  # ours, and of another attack or file; anybody else's is refused by evaluate
+        shutil.rmtree(folder)  # of a file or program that is no more; anybody else's is refused by evaluate
     file = folder / "summary.json"
     if not same or not file.is_file():
         print(f"{folder.name}:", flush=True)
@@ -144,6 +144,12 @@ def _measure(request: Request) -> Candidate:
         robust=float(summary["results"][0]["tvdi"]),
         trained_on_these_cases=bool(summary["trained_on_these_cases"]),
     )
+
+
+def _way(request: Request) -> tuple[Any, ...]:
+    """How a candidate is measured. Not the command as typed: another budget for clean Dice changes no measurement."""
+    seeds = (request.seed, request.samples_seed)
+    return (request.attacks, request.norm, request.levels, request.max_samples, *seeds, request.device)
 
 
 def _model_of(request: Request) -> Path:

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import filelock
-
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.locks import alone
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, PlannedNetwork, SmallNetwork
 from nnunet_ima.evaluation.report import write_report
 from nnunet_ima.evaluation.steps import Steps
@@ -148,14 +147,9 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     Raises:
         UserError: somebody else holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(folder / LOCK, timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UserError(
-            f"Another study is at work on {what}; wait until it has ended, or give another output folder."
-        ) from None
+    refusal = f"Another study is at work on {what}; wait until it has ended, or give another output folder."
+    with alone(folder / LOCK, refusal):
+        yield
 
 
 def run_jobs(jobs: Iterable[Job], at_once: int, stop: Callable[[], None]) -> list[tuple[str, BaseException]]:

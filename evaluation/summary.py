@@ -103,6 +103,8 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
     lines += _ensembles(summary)
     if not summary["trusted"]:
         lines += ["", "**These figures are not to be trusted: a check failed.**"]
+    if nothing_learned(summary):
+        lines += ["", f"**{nothing_to_lose(summary)}**"]
     lines += ["", "Checks:", ""]
     lines += [f"- {'passed' if item['passed'] else 'FAILED'}: {item['sentence']}" for item in summary["trust"]]
     if summary["trained_on_these_cases"]:
@@ -116,6 +118,21 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
             f"the last digits of a result depend.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def nothing_learned(summary: Mapping[str, Any]) -> bool:
+    """Whether not one sample is segmented correctly without any attack, so that there is no robustness to measure."""
+    clean = summary["clean"]
+    return int(clean["n_samples"]) > 0 and clean["robust_share"] == 0
+
+
+def nothing_to_lose(summary: Mapping[str, Any]) -> str:
+    """What that means, in a sentence."""
+    threshold = 100 * summary["criterion"]["dice_threshold"]
+    return (
+        f"Without any attack no sample has a Dice above {threshold:g} %: this model has not learned its task, so that "
+        f"what attacks leave of it says nothing of robustness; train it longer, or see whether it fits these data."
+    )
 
 
 def _ensembles(summary: Mapping[str, Any]) -> list[str]:

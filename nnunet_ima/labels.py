@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# What nnU-Net's preprocessing writes into a segmentation where the scan is zero and nothing is labelled, and its
+# loaders where they pad; later transforms make background of it.
+OUTSIDE = -1
+
 
 @dataclass(frozen=True)
 class Labels:

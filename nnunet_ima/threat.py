@@ -150,9 +150,14 @@ def freeze_channels(threat: ThreatModel, images: Tensor, channels: Sequence[int]
     """Forbid any change of the given channels (a cascade's one-hot channels are no image)."""
     if not channels:
         return threat
-    low, high = (bound.expand_as(images).clone() for bound in threat.bounds(images))
-    for channel in channels:
-        low[:, channel] = high[:, channel] = images[:, channel]
+    still = torch.zeros_like(images, dtype=torch.bool)
+    still[:, list(channels)] = True
+    return freeze_voxels(threat, images, still)
+
+
+def freeze_voxels(threat: ThreatModel, images: Tensor, still: Tensor) -> ThreatModel:
+    """Forbid any change where ``still`` is true (bool, broadcastable to ``images`` (B, C, *spatial))."""
+    low, high = (torch.where(still, images, bound) for bound in threat.bounds(images))
     return replace(threat, low=low, high=high)
 
 

@@ -21,6 +21,7 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.case_level import CaseLevel
 from nnunet_ima.evaluation.cases import ValidationCases
 from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.locks import alone
 from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.models import TrainedModel, load_model
 from nnunet_ima.evaluation.scan_files import Scan, ScanFiles
@@ -351,6 +352,15 @@ def test_what_a_kill_leaves_is_no_obstacle(small, both, tmp_path):
     run(*request_of(small, output))
     same(output, both)
     assert not list(output.glob(".*.tmp/*"))
+
+
+def test_two_at_once_do_not_write_into_one_folder(small, both, tmp_path, capsys):
+    output = tmp_path / "out"
+    with alone(output / ".lock", "never"):
+        assert "Another process is writing perturbed scans to" in refused(capsys, *request_of(small, output))
+        assert [file.name for file in output.iterdir()] == [".lock"]
+    run(*request_of(small, output))
+    same(output, both)
 
 
 def test_another_request_does_not_go_on_there(small, both, capsys, tmp_path):

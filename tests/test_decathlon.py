@@ -727,6 +727,20 @@ def test_figures_stand_beside_those_of_the_same_protocol_attack_and_level(tmp_pa
     assert [line["published"] for line in lines if line["level"] == "40"] == [""] * 3
 
 
+def test_a_model_that_has_not_learned_its_task_is_marked(tmp_path):
+    """Zeros at every level would pass for fragility; so would a Dice that no attack lowers for robustness."""
+    summaries = {
+        "IMA": summary_of(tmp_path / "bad", clean=0.2, attacked={"5": 0.2}),
+        "STD": summary_of(tmp_path / "good", clean=0.9, attacked={"5": 0.0}),
+    }
+    rows = [row for method, summary in summaries.items() for row in table.rows_of(4, method, 15.0, summary)]
+    markdown = table.as_markdown(rows)
+    assert "| IMA (not trained enough: no slice is correct without an attack) | " in markdown
+    assert "| STD | " in markdown
+    lines = csv.DictReader(table.as_csv(rows).splitlines())
+    assert {(line["method"], line["learned"]) for line in lines} == {("IMA", "False"), ("STD", "True")}
+
+
 def test_all_levels_published_give_a_published_mean(tmp_path):
     attacked = {"5": 0.7, "15": 0.6, "25": 0.5}
     summary = summary_of(tmp_path / "run", protocol="paper", attacked=attacked, further={"autoattack": attacked})

@@ -62,7 +62,7 @@ EVERYWHERE = [
 
 def slow_errors(trainer: Any, mixed: Any) -> tuple[float, float]:
     """Of a patch at a time, without the oracle: largest relative error of the gradient, share of zeros in it."""
-    images, targets = trainer._patches
+    images, targets, _ = trainer._patches
     differences, lost = [], []
     for i in range(len(images)):
         gradients = []

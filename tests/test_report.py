@@ -135,6 +135,17 @@ def scores_of(run: Path) -> list[SampleScore]:
     return [SampleScore(SampleKey(case, tile), counts, 1, 1, 0, 0, 1) for case, tile, counts in rows]
 
 
+def test_that_a_model_has_not_learned_its_task_is_said_on_the_page_and_in_its_own_table(tmp_path):
+    said = "ithout any attack no sample has a Dice above 60 %: this model has not learned its task"
+    bad, good = (make_run(tmp_path / name, title=name, clean=clean) for name, clean in (("Bad", 0.3), ("Good", 0.9)))
+    assert f"**W{said}" in (bad / "table.md").read_text(encoding="utf-8")
+    assert said not in (good / "table.md").read_text(encoding="utf-8")
+    content = write_report([bad, good], tmp_path / "out").read_text(encoding="utf-8")
+    warning = content[content.index('<aside class="warning"') : content.index("</aside>")]
+    assert f"Bad: w{said}" in warning
+    assert "Good" not in warning
+
+
 def test_samples_that_a_model_was_not_attacked_on_are_not_shown_side_by_side(tmp_path):
     """The second model was attacked on the first cases only, among which one of the lots is."""
     one = make_run(tmp_path / "a", title="A")

@@ -37,18 +37,18 @@ def test_the_patches_are_the_same_whatever_was_drawn_before(project, results, co
         for _ in range(draws):
             next(trainer.dataloader_val)
         found.append(fixed_patches(loader_of(trainer), 5))
-    (images, targets), (again, targets_again) = found
+    (images, targets, _), (again, targets_again, _) = found
     assert torch.equal(images, again)
     for one, other in zip(targets, targets_again, strict=True):
         assert torch.equal(one, other)
     assert len(images) == 5
-    other_seed, _ = fixed_patches(loader_of(trainer), 5, seed=1)
+    other_seed, *_ = fixed_patches(loader_of(trainer), 5, seed=1)
     assert not torch.equal(images, other_seed)
 
 
 def test_each_patch_is_a_place_of_a_validation_case_and_holds_foreground(project, results, configuration):
     trainer = started(project, nnUNetTrainerSAT, configuration)
-    images, targets = fixed_patches(loader_of(trainer), 4)
+    images, targets, _ = fixed_patches(loader_of(trainer), 4)
     size = tuple(trainer.configuration_manager.patch_size)
     assert images.shape == (4, 1, *size)
     assert targets[0].shape == (4, 1, *size)
@@ -75,7 +75,7 @@ def shows(data: np.ndarray, segmentation: np.ndarray, image: torch.Tensor, targe
 
 def test_there_may_be_fewer_patches_than_asked_for(project, results):
     trainer = started(project, nnUNetTrainerSAT, "2d_tiny")
-    images, _ = fixed_patches(loader_of(trainer), 10_000)
+    images, *_ = fixed_patches(loader_of(trainer), 10_000)
     slices = 0
     for case in loader_of(trainer).indices:
         slices += int((np.asarray(loader_of(trainer)._data.load_case(case)[1][0]) > 0).any((1, 2)).sum())
@@ -85,7 +85,7 @@ def test_there_may_be_fewer_patches_than_asked_for(project, results):
 def test_the_robust_dice_is_the_pooled_dice_after_pgd(project, results, configuration, start):
     trainer = started(project, nnUNetTrainerSAT, configuration, start, robust_epsilon=3.0, robust_patches=5)
     found = trainer._robust_dice(trainer.network)
-    images, targets = fixed_patches(loader_of(trainer), 5)
+    images, targets, _ = fixed_patches(loader_of(trainer), 5)
     threat = trainer.patch_threat(images, torch.full((5,), 3.0))
     perturbed = PGD(threat, trainer.criterion, steps=10, step_size=0.25)(trainer.network, images, targets[0]).images
     assert threat.contains(perturbed, images).all()

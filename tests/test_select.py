@@ -87,6 +87,19 @@ def test_what_was_measured_is_not_measured_again(hardened, tmp_path, monkeypatch
             run("-m", str(hardened), "-o", str(other), "--max-clean-drop", "100", *ATTACK)
 
 
+def test_another_way_of_measuring_costs_nothing_that_was_found(hardened, tmp_path, monkeypatch):
+    ways = [(), ("--seed", "1"), ("--level", "3"), ("--max-samples", "5")]
+    for way in ways:
+        assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK, *way) == 0
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(module, "evaluate", never)
+    for way in ways:
+        assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK, *way) == 0
+
+
 def test_a_file_that_changed_is_measured_again(hardened, tmp_path):
     model = tmp_path / hardened.name
     shutil.copytree(hardened, model)
@@ -178,7 +191,9 @@ def test_what_cannot_be_measured_is_found_out_before_anything_is_measured_or_rem
 
 def test_somebody_elses_results_are_not_removed(hardened, tmp_path, capsys):
     """Neither a folder of another version, nor a run that a user made with evaluate."""
-    other = tmp_path / "checkpoint_final"
+    assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 0
+    (other,) = tmp_path.glob("*/checkpoint_final")
+    shutil.rmtree(other)
     other.mkdir()
     (other / "summary.json").write_text('{"command": "nnunet_ima evaluate"}', encoding="utf-8")
     assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 2

@@ -32,7 +32,7 @@ from nnunet_ima.checkpoints import safe_load, training_cases
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
 from nnunet_ima.files import atomic_path, remove_leftovers, write_text
-from nnunet_ima.fixed_patches import fixed_patches
+from nnunet_ima.fixed_patches import FixedPatches, fixed_patches
 from nnunet_ima.gradient_error import GradientError, gradient_error
 from nnunet_ima.labels import Labels
 from nnunet_ima.losses import Outputs, SegmentationLoss, first
@@ -43,7 +43,7 @@ from nnunet_ima.primitives import keep_primitives
 from nnunet_ima.robust_dice import RobustDice
 from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Origin, Plan, Settings, configure, validate
 from nnunet_ima.threads import use_threads_as_told
-from nnunet_ima.threat import ThreatModel, freeze_channels, image_range
+from nnunet_ima.threat import ThreatModel, freeze_channels, freeze_voxels, image_range
 from nnunet_ima.tile_loader import TileDataLoader
 from nnunet_ima.tiles import count_tiles
 from nnunet_ima.training_log import AdversarialLogger, Panel
@@ -301,33 +301,39 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
 
     def _fix_patches(self) -> None:
         settings = self.settings
-        self._patches: tuple[Tensor, Outputs] | None = None
+        self._patches: FixedPatches | None = None
         wanted = settings.robust_every or self._faster_autocast() is not nullcontext
         # Without perturbation there is nothing to measure.
         if "robust_every" not in self.configured.origins or not settings.epsilon or not wanted:
             return
         loader = _loader(self.dataloader_val)
-        images, targets = fixed_patches(loader, settings.robust_patches, self.label_manager.ignore_label)
-        if not len(images):
+        patches = fixed_patches(loader, settings.robust_patches, self.label_manager.ignore_label)
+        if not len(patches.images):
             self.print_to_log_file(
                 "No validation case holds foreground, so there is no robust Dice, and attacks run in single precision."
             )
             return
-        self._patches = images.to(self.device), self._on_device(targets)
+        self._patches = FixedPatches(
+            patches.images.to(self.device), self._on_device(patches.targets), patches.outside.to(self.device)
+        )
         if settings.robust_every:
-            self._start_robust_dice(*self._patches)
+            self._start_robust_dice(self._patches)
 
-    def _start_robust_dice(self, images: Tensor, targets: Outputs) -> None:
-        epsilon = self.settings.robust_epsilon
-        assert epsilon is not None
+    def _start_robust_dice(self, patches: FixedPatches) -> None:
         self._robust_dice = RobustDice(
-            images=images,
-            targets=first(targets),
-            threat=self.patch_threat(images, torch.full((len(images),), epsilon, device=self.device)),
+            images=patches.images,
+            targets=first(patches.targets),
+            threat=self._robust_threat(patches),
             criterion=self.criterion,
             # On a GPU it may have to run in single precision, which takes twice the memory.
             batch_size=max(1, self.batch_size if self.device.type == "cpu" else self.batch_size // 2),
         )
+
+    def _robust_threat(self, patches: FixedPatches) -> ThreatModel:
+        epsilon = self.settings.robust_epsilon
+        assert epsilon is not None
+        radius = torch.full((len(patches.images),), epsilon, device=self.device)
+        return self.patch_threat(patches.images, radius, patches.outside)
 
     def on_train_epoch_start(self) -> None:
         """Start as nnU-Net does, then choose the precision of the epoch's attacks."""
@@ -385,15 +391,14 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         """Strength of an attack in mixed precision, and by how much its gradients are off."""
         assert self._patches is not None
         strength = self._strength(mixed)
-        return strength, gradient_error(self.bare_network, *self._patches, self.sample_loss, mixed)
+        patches = self._patches
+        return strength, gradient_error(self.bare_network, patches.images, patches.targets, self.sample_loss, mixed)
 
     def _strength(self, mixed: Autocast) -> float:
         """What PGD with the inner attack's steps finds at ε/3 in mixed precision, as a share of single precision's."""
         assert self._patches is not None
-        images, targets = self._patches
-        settings = self.settings
-        assert settings.robust_epsilon is not None
-        threat = self.patch_threat(images, torch.full((len(images),), settings.robust_epsilon, device=self.device))
+        images, targets, settings = self._patches.images, self._patches.targets, self.settings
+        threat = self._robust_threat(self._patches)
         noise = random_in_ball(images, threat.norm, threat.radius(images), self.generator, threat.perturbable(images))
         start = threat.project(images + noise, images)
         half, steps = max(1, self.batch_size // 2), settings.steps
@@ -509,14 +514,27 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         """Identity of each sample of a batch: its case and the number of its tile."""
         return [(str(case), int(tile)) for case, tile in zip(batch["keys"], batch["tiles"], strict=True)]
 
-    def patch_threat(self, images: Tensor, epsilon: Tensor) -> ThreatModel:
-        """Threat model of augmented patches (B, C, *spatial): radius (B,), range the patch's own in each channel.
+    def patch_threat(self, images: Tensor, epsilon: Tensor, background: Tensor | None = None) -> ThreatModel:
+        """Threat model of patches (B, C, *spatial): radius (B,), range the patch's own in each channel.
 
-        The one-hot channels that a cascade appends are no image and stay as they are.
+        The one-hot channels that a cascade appends are no image and stay as they are. So does the background where
+        the plans have ``use_mask_for_norm``: in a scan it is empty.
+
+        Args:
+            images: augmented patches, or others, whose background is then to be given.
+            epsilon: radius of each.
+            background: (B, 1, *spatial) of bool; None for augmented patches, which show theirs.
         """
         low, high = image_range(images)
         threat = ThreatModel(self.settings.norm, epsilon, low, high)
-        return freeze_channels(threat, images, range(self.image_channels, images.shape[1]))
+        threat = freeze_channels(threat, images, range(self.image_channels, images.shape[1]))
+        masked = [channel for channel, mask in enumerate(self.configuration_manager.use_mask_for_norm) if mask]
+        if not masked:
+            return threat
+        if background is None:
+            # nnU-Net's MaskImageTransform sets it to 0 after all that changes intensities; next to nothing else is 0.
+            background = (images[:, masked] == 0).all(1, keepdim=True)
+        return freeze_voxels(threat, images, background)
 
     # ---- the step
 

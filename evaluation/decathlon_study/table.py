@@ -11,11 +11,12 @@ from typing import Any
 
 from nnunet_ima.evaluation.decathlon_study.evaluations import PGD100
 from nnunet_ima.evaluation.report.published import Published, published_rows
+from nnunet_ima.evaluation.summary import nothing_learned
 
 CLEAN, CLAMP, MEAN = "clean", "clamp only", "mean"
 COLUMNS = (
     "task", "dataset", "protocol", "norm", "attack", "method", "level", "slices", "tvdi", "published", "source",
-    "trusted",
+    "trusted", "learned",
 )  # fmt: skip
 
 
@@ -34,6 +35,7 @@ class Row:
         published: in %, the same of the paper.
         source: of the published figures; empty if there are none.
         trusted: whether the checks of the evaluation passed.
+        learned: whether any slice is correct without an attack.
     """
 
     task: int
@@ -47,6 +49,7 @@ class Row:
     published: Mapping[str, float | None]
     source: str
     trusted: bool
+    learned: bool
 
 
 def rows_of(task: int, method: str, epsilon: float, summary: Mapping[str, Any]) -> list[Row]:
@@ -72,6 +75,7 @@ def rows_of(task: int, method: str, epsilon: float, summary: Mapping[str, Any]) 
                 published,
                 "" if theirs is None else theirs.source,
                 bool(summary["trusted"]),
+                not nothing_learned(summary),
             )
         )  # fmt: skip
     return rows
@@ -116,6 +120,7 @@ def as_csv(rows: Sequence[Row]) -> str:
                 [
                     row.task, row.dataset, row.protocol, row.norm, row.attack, row.method, level, row.slices,
                     _cell(tvdi, 4), _cell(theirs, 4), "" if theirs is None else row.source, row.trusted,
+                    row.learned,
                 ]
             )  # fmt: skip
     return stream.getvalue()
@@ -134,7 +139,11 @@ def as_markdown(rows: Sequence[Row]) -> str:
         lines += [f"TVDI in %, {slices} slices." + _sources(mine), ""]
         lines += ["| method | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
         for row in mine:
-            mark = "" if row.trusted else " (not to be trusted: a check failed)"
+            marks = [
+                *([] if row.learned else ["not trained enough: no slice is correct without an attack"]),
+                *([] if row.trusted else ["not to be trusted: a check failed"]),
+            ]
+            mark = f" ({'; '.join(marks)})" if marks else ""
             cells = [_with_published(row, column) for column in columns]
             lines.append(f"| {row.method}{mark} | " + " | ".join(cells) + " |")
         lines.append("")

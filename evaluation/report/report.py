@@ -47,7 +47,7 @@ def write_report(folders: Sequence[Path], output: Path, names: Sequence[str] | N
         folders: of finished evaluations, of one or several models, norms and protocols.
         output: a folder; it is made.
         names: one for each folder, for people; the same name for runs of the same model. By default the trainers'.
-        note: what the reader ought to know about the models, shown on top.
+        note: what the reader ought to know about the models, shown after what the figures say.
 
     Returns:
         The page.

@@ -9,6 +9,7 @@ from typing import Any
 from nnunet_ima.evaluation.report.figures import NOISE, Setting, tvdi
 from nnunet_ima.evaluation.results import UNTOUCHED, Results
 from nnunet_ima.evaluation.statistics import Difference, Interval
+from nnunet_ima.evaluation.summary import nothing_learned, nothing_to_lose
 
 # Smaller differences than half a point of Dice do not matter, however sure they are.
 SMALLEST = 0.005
@@ -150,6 +151,8 @@ def about(setting: Setting, run: Results) -> str:
 
 def warnings(run: Results) -> Iterator[str]:
     """What a reader must know before believing a run's figures."""
+    if nothing_learned(run.summary):
+        yield f"{run.title}: {_lower(nothing_to_lose(run.summary))}"
     for item in run.summary["trust"]:
         if not item["passed"]:
             yield f"{run.title}: {item['sentence']}."
@@ -157,6 +160,10 @@ def warnings(run: Results) -> Iterator[str]:
         yield f"{run.title} learned from some of these very cases; its figures flatter it."
     elif run.summary["started_from_unknown_weights"]:
         yield f"{run.title} started from other weights; whether those learned from these cases is not known."
+
+
+def _lower(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
 
 
 def percent(interval: Interval) -> str:
