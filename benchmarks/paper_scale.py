@@ -36,6 +36,7 @@ from study_results import collect, table
 from study_state import pack, round_before_evaluations, unpack
 
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.ending import STATUS, Terminated, ended_in_order
 from nnunet_ima.evaluation.pipeline import Attacks, Method, PlannedNetwork, SmallNetwork
 from nnunet_ima.evaluation.study import Job, Study, run_jobs
 from nnunet_ima.files import write_text
@@ -121,9 +122,12 @@ SCALES = {"paper": PAPER, "small": SMALL, "glance": GLANCE}
 def main() -> None:
     """Do whatever is not done yet, then write the results."""
     try:
-        failed = run(_options())
+        with ended_in_order():
+            failed = run(_options())
     except UserError as error:
         raise SystemExit(str(error)) from None
+    except Terminated:
+        raise SystemExit(STATUS) from None
     if failed:
         raise SystemExit("\n".join(failed))
 

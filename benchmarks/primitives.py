@@ -57,6 +57,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(seconds_of_steps(options)))
         return
+    options.results.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, float]]] = {}
     turns = [(name, precision) for _ in range(options.rounds) for name in VARIANTS for precision in PRECISIONS]
     for name, precision in tqdm(turns, desc="variants", unit="run"):

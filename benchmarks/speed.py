@@ -1,7 +1,8 @@
 """What a step of every trainer and every attack costs, as a ratio, and where the time goes.
 
 Trainers: seconds and passes of a step against stock nnU-Net's on the same batches, and IMA's against a straightforward
-implementation of Algorithms 1 to 3 (every sample, every pass), which is seen to do the same work first. Attacks:
+implementation of Algorithms 1 to 3 (every sample, every pass), which is seen to do the same work first. Hardened: the
+same of a model of which more samples are correct, so that a step does more, where ``-o`` holds one. Attacks:
 against a straightforward PGD. Memory: of a step, in a process of its own. Savings: what would make IMA's step cheaper.
 
     python benchmarks/speed.py -o <folder of hippocampus_small.py> --data <Task04_Hippocampus> [-device cpu]
@@ -28,7 +29,7 @@ import torch
 from hippocampus_small import RESULTS
 from speed_attacks import ITEMS, known, measure_attacks, models_of
 from speed_memory import measure_memory
-from speed_models import DIMENSIONS, find_ground
+from speed_models import DIMENSIONS, find_ground, hardened
 from speed_savings import measure_savings
 from speed_table import table
 from speed_trainers import KINDS, MARGIN, SETTINGS, SPREAD, measure_trainers
@@ -38,7 +39,7 @@ from nnunet_ima.evaluation.environment import choose_device, versions
 from nnunet_ima.files import write_text
 from nnunet_ima.threads import use_threads_as_told
 
-PARTS = ("trainers", "memory", "attacks", "savings")
+PARTS = ("trainers", "hardened", "memory", "attacks", "savings")
 
 
 def main() -> None:
@@ -65,6 +66,11 @@ def run(options: argparse.Namespace) -> None:
             title = f"{part}, {dimension}"
             if part == "trainers":
                 found: Any = measure_trainers(ground, device, options.steps, options.warm_up, title)
+            elif part == "hardened":
+                later = hardened(ground)
+                if later is None:
+                    continue
+                found = measure_trainers(later, device, options.steps, options.warm_up, title)
             elif part == "memory":
                 found = {"mib": measure_memory(ground, list(KINDS), device, title)}
             elif part == "attacks":

@@ -6,11 +6,11 @@ folder of the benchmark's own: some cases of a task (or a phantom) planned, prep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hippocampus_small import LENGTH, NETWORK, STD
+from hippocampus_small import IMA_ALL, LENGTH, NETWORK, STD
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.demo import PHANTOM_ENHANCEMENT
@@ -38,11 +38,13 @@ class Ground:
         pipeline: with nnU-Net's folders.
         dataset: the folder of preprocessed data.
         method: of the stock model, half-trained.
+        hardened: of the model whose weights are taken instead; None for those of ``method``.
     """
 
     pipeline: Pipeline
     dataset: Path
     method: Method
+    hardened: Method | None = None
 
     @property
     def configuration(self) -> str:
@@ -56,8 +58,8 @@ class Ground:
 
     @property
     def checkpoint(self) -> Path:
-        """Of the stock model."""
-        return self.pipeline.fold_folder(self.dataset, self.method) / "checkpoint_final.pth"
+        """Of the model whose weights are taken."""
+        return self.pipeline.fold_folder(self.dataset, self.hardened or self.method) / "checkpoint_final.pth"
 
     def environment(self) -> dict[str, str]:
         """nnU-Net's, for a process that loads and augments by itself, so that nothing runs beside what is timed."""
@@ -101,6 +103,12 @@ def _ready(models: Path) -> Ground:
     if not ground.checkpoint.is_file():
         raise UserError(f"{ground.checkpoint} is missing; let hippocampus_small.py train its stock model first.")
     return ground
+
+
+def hardened(ground: Ground) -> Ground | None:
+    """The same with the weights of the model that ``hippocampus_small.py`` hardened; None where that is not there."""
+    found = replace(ground, hardened=IMA_ALL)
+    return found if ground.method is STD and found.checkpoint.is_file() else None
 
 
 def _some_cases(task: Path, work: Path) -> Path:

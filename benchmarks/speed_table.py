@@ -12,7 +12,8 @@ from speed_models import DIMENSIONS
 def table(result: Mapping[str, Any]) -> str:
     """All parts of all dimensions."""
     blocks: list[str] = []
-    writers = {"trainers": _trainers, "memory": _memory, "attacks": _attacks, "savings": _savings}
+    writers = {"memory": _memory, "attacks": _attacks, "savings": _savings}
+    writers = {"trainers": _trainers, "hardened": _trainers, **writers}
     for dimension in DIMENSIONS:
         for part, write in writers.items():
             if part in result.get(dimension, {}):

@@ -131,6 +131,9 @@ def prepare_step(trainer: Any, batch: Mapping[str, Any], seed: int) -> dict[str,
         drawn = torch.randn(len(samples), generator=torch.Generator().manual_seed(seed))
         trainer.margins.update(samples, (MARGIN + SPREAD * drawn).clamp(0.5, SETTINGS["epsilon"]))
         trainer.generator.manual_seed(seed)
+        # A change that is measured may need to know the batch before the clock runs.
+        if hasattr(trainer, "before_step"):
+            trainer.before_step(batch, seed)
     return copy.deepcopy(dict(batch))
 
 

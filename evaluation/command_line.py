@@ -15,6 +15,7 @@ import torch
 
 from nnunet_ima import __version__
 from nnunet_ima.errors import UserError, is_out_of_memory
+from nnunet_ima.evaluation.ending import STATUS, Terminated, ended_in_order
 from nnunet_ima.evaluation.environment import trainers_folder
 from nnunet_ima.lp import NORMS
 
@@ -41,12 +42,13 @@ def _run(options: argparse.Namespace) -> int:
     # MONAI and torch warn of their own future changes, which no user of this command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        return int(options.run(options))
+        with ended_in_order():
+            return int(options.run(options))
     except UserError as error:
         print(f"nnunet_ima: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("nnunet_ima: stopped.", file=sys.stderr)
-        return 130
+        return STATUS if isinstance(error, Terminated) else 130
     except OSError as error:
         print(f"nnunet_ima: {_sentence(error)}", file=sys.stderr)
     except RuntimeError as error:

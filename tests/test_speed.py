@@ -26,6 +26,7 @@ import speed_attacks
 import speed_clock
 import speed_memory
 import speed_plain
+import speed_savings
 import speed_trainers
 from speed_clock import ATTACK_PASSES, BOOKKEEPING, TRAINING_PASSES, Clock
 from speed_memory import RESET, peak, reset_peak
@@ -368,6 +369,29 @@ def test_the_program_writes_ratios_of_all_trainers_and_attacks(ground, tmp_path,
     assert "Other processes ran beside it" in page
     for name in (*rows, *chosen):
         assert f"| {name} |" in page
+
+
+@pytest.mark.parametrize("configuration", ["2d_tiny"])
+def test_without_its_one_difference_a_change_is_ima_as_it_is(ground, monkeypatch):
+    """Momentum of 0 leaves each L2 step where it goes; a start that keeps the noise is no warm one."""
+    inner = speed_savings.make
+    monkeypatch.setattr(speed_savings, "make", lambda *args, **settings: inner(*args, **{**settings, **TINY}))
+    monkeypatch.setattr(speed_savings, "MOMENTUM", 0.0)
+    momentum, warm = "20 ascents with momentum", "start where an attack on the same patch ended"
+    fewer = "10 ascents instead of 20"
+    chosen = {name: speed_savings.SAVINGS[name] for name in (momentum, warm, fewer)}
+    monkeypatch.setattr(speed_savings, "SAVINGS", chosen)
+    rows = {row["change"]: row for row in speed_savings.measure_savings(ground, torch.device("cpu"), 1, 0, "")}
+    assert list(rows) == ["IMA", momentum, warm, fewer]
+    strength = ("loss", "distance", "margin")
+    assert [rows["IMA"][key] for key in strength] == [1, 1, 1]
+    assert [rows[momentum][key] for key in strength] == pytest.approx([1, 1, 1], abs=1e-4)
+    assert rows[fewer]["passes_per_sample"] <= rows["IMA"]["passes_per_sample"]
+    for other in (warm, fewer):
+        assert [rows[other][key] for key in strength] != pytest.approx([1, 1, 1], abs=1e-4)
+    monkeypatch.setattr(speed_savings._WarmStart, "attack_before", lambda *_: None)
+    rows = {row["change"]: row for row in speed_savings.measure_savings(ground, torch.device("cpu"), 1, 0, "")}
+    assert [rows[warm][key] for key in strength] == pytest.approx([1, 1, 1], abs=1e-4)
 
 
 def test_the_first_straightforward_pgd_is_not_timed(monkeypatch):

@@ -1,0 +1,102 @@
+"""``kill`` and a queue's SIGTERM end what a command has started, too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nnunet_ima.evaluation import command_line
+from nnunet_ima.evaluation.ending import ended_in_order
+
+# Two jobs at once, or one in the main thread, each of which starts a command that takes ten minutes.
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from nnunet_ima.evaluation.ending import ended_in_order
+from nnunet_ima.evaluation.steps import Steps
+from nnunet_ima.evaluation.study import run_jobs
+
+steps = []
+for name in sys.argv[2:]:
+    (Path(sys.argv[1]) / name).mkdir()
+    steps.append(Steps(Path(sys.argv[1]) / name, os.environ))
+
+def stop():
+    for one in steps:
+        one.stop()
+
+with ended_in_order():
+    if len(steps) == 1:
+        steps[0].run("wait", ["sleep", "600"])
+    else:
+        run_jobs([(str(i), lambda one=one: one.run("wait", ["sleep", "600"])) for i, one in enumerate(steps)], 2, stop)
+"""
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+
+
+def wait_for(what, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("names", [("one",), ("one", "two")])
+def test_what_was_started_is_ended(tmp_path, names):
+    study = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path), *names], stderr=subprocess.DEVNULL)
+    commands: list[int] = []
+    notes = [tmp_path / name / "running.pid" for name in names]
+    try:
+        wait_for(lambda: all(note.is_file() and note.read_text(encoding="utf-8") for note in notes))
+        commands = [int(note.read_text(encoding="utf-8")) for note in notes]
+        assert all(map(alive, commands))
+        study.terminate()
+        assert study.wait(60) != 0
+        wait_for(lambda: not any(map(alive, commands)))
+    finally:
+        study.kill()
+        for command in filter(alive, commands):
+            os.kill(command, signal.SIGKILL)
+
+
+def test_the_command_says_that_it_was_stopped_and_by_what(monkeypatch, capsys):
+    def run(_: object) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    options = command_line.read_arguments(["trainers"])
+    options.run = run
+    monkeypatch.setattr(command_line, "read_arguments", lambda _: options)
+    assert command_line.main([]) == 128 + 15
+    assert capsys.readouterr().err == "nnunet_ima: stopped.\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_forked_processes_are_ended_at_once():
+    with ended_in_order():
+        child = os.fork()
+        if child == 0:
+            try:
+                time.sleep(60)
+            finally:
+                os._exit(3)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGTERM
