@@ -36,7 +36,7 @@ from study_results import collect, table
 from study_state import pack, round_before_evaluations, unpack
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.ending import STATUS, Terminated, ended_in_order
+from nnunet_ima.evaluation.ending import Terminated, ended_in_order
 from nnunet_ima.evaluation.pipeline import Attacks, Method, PlannedNetwork, SmallNetwork
 from nnunet_ima.evaluation.study import Job, Study, run_jobs
 from nnunet_ima.files import write_text
@@ -126,8 +126,8 @@ def main() -> None:
             failed = run(_options())
     except UserError as error:
         raise SystemExit(str(error)) from None
-    except Terminated:
-        raise SystemExit(STATUS) from None
+    except Terminated as error:
+        raise SystemExit(error.status) from None
     if failed:
         raise SystemExit("\n".join(failed))
 

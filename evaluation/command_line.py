@@ -15,7 +15,7 @@ import torch
 
 from nnunet_ima import __version__
 from nnunet_ima.errors import UserError, is_out_of_memory
-from nnunet_ima.evaluation.ending import STATUS, Terminated, ended_in_order
+from nnunet_ima.evaluation.ending import Terminated, ended_in_order
 from nnunet_ima.evaluation.environment import trainers_folder
 from nnunet_ima.lp import NORMS
 
@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"nnunet_ima: {error}", file=sys.stderr)
     except KeyboardInterrupt as error:
         print("nnunet_ima: stopped.", file=sys.stderr)
-        return STATUS if isinstance(error, Terminated) else 130
+        return error.status if isinstance(error, Terminated) else 130
     except OSError as error:
         print(f"nnunet_ima: {_sentence(error)}", file=sys.stderr)
     except RuntimeError as error:

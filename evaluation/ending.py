@@ -9,19 +9,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STATUS = 128 + signal.SIGTERM
+# What ``kill`` and queues send, and what a terminal sends that is closed.
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, as ``kill`` and queues send it."""
+    """One of these signals came.
+
+    Attributes:
+        status: with which a command ends then, by custom.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number
 
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """While this is in force SIGTERM is raised as :class:`Terminated`, so that everybody can clean up.
+    """While this is in force :data:`SIGNALS` are raised as :class:`Terminated`, so that everybody can clean up.
 
-    By itself it would end this process at once: an nnU-Net training that it has started would go on, unseen. Processes
-    that are forked meanwhile are ended at once, as before; so is everything where this is not the main thread.
+    By itself each would end this process at once: an nnU-Net training that it has started would go on, unseen. A signal
+    that is ignored, as under ``nohup``, stays so. Processes that are forked meanwhile are ended at once, as before; so
+    is everything where this is not the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -30,12 +40,14 @@ def ended_in_order() -> Iterator[None]:
 
     def end(number: int, _: FrameType | None) -> None:
         if os.getpid() == mine:
-            raise Terminated
+            raise Terminated(number)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

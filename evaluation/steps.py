@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -64,7 +66,7 @@ class Steps:
                 write_text(running, str(process.pid))
                 _watch(process, log, step, counted, total)
             except BaseException:
-                process.terminate()
+                _end(process)
                 process.wait()
                 raise
             finally:
@@ -81,6 +83,8 @@ class Steps:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=dict(self.environment),
+                # A group of its own, so that what the command has started can be ended with it.
+                start_new_session=True,
             )
             return self._process
 
@@ -93,8 +97,7 @@ class Steps:
         with self._starting:
             self._stopped = True
             if self._process is not None:
-                # Nothing is sent to one that has ended.
-                self._process.terminate()
+                _end(self._process)
 
     def forget(self, step: str) -> None:
         """A step whose results are gone is not done any more."""
@@ -109,6 +112,14 @@ class Steps:
         done = self.logs / f"{step}.done"
         content = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
         return list(content.get("command", []))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a command and all that it has started; nnU-Net's training would leave its loaders' processes behind."""
+    # Nothing is sent to one that has ended: the number may be another process's by now.
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
 
 
 def resume_options(fold: Path) -> list[str]:

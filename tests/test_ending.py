@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,17 +13,20 @@ from pathlib import Path
 import pytest
 
 from nnunet_ima.evaluation import command_line
-from nnunet_ima.evaluation.ending import ended_in_order
+from nnunet_ima.evaluation.ending import SIGNALS, ended_in_order
 
-# Two jobs at once, or one in the main thread, each of which starts a command that takes ten minutes.
+# Two jobs at once, or one in the main thread, each of which starts a command that takes ten minutes and, as nnU-Net's
+# training does, has a process of its own.
+COMMAND = ["bash", "-c", 'sleep 600 & echo $! > "$0"; wait']
 PROGRAM = """
-import os, sys
+import json, os, sys
+from functools import partial
 from pathlib import Path
 from nnunet_ima.evaluation.ending import ended_in_order
 from nnunet_ima.evaluation.steps import Steps
 from nnunet_ima.evaluation.study import run_jobs
 
-steps = []
+steps, command = [], json.loads(os.environ["COMMAND"])
 for name in sys.argv[2:]:
     (Path(sys.argv[1]) / name).mkdir()
     steps.append(Steps(Path(sys.argv[1]) / name, os.environ))
@@ -33,9 +37,10 @@ def stop():
 
 with ended_in_order():
     if len(steps) == 1:
-        steps[0].run("wait", ["sleep", "600"])
+        steps[0].run("wait", [*command, str(steps[0].logs / "child.pid")])
     else:
-        run_jobs([(str(i), lambda one=one: one.run("wait", ["sleep", "600"])) for i, one in enumerate(steps)], 2, stop)
+        jobs = [partial(one.run, "wait", [*command, str(one.logs / "child.pid")]) for one in steps]
+        run_jobs([(str(i), job) for i, job in enumerate(jobs)], 2, stop)
 """
 
 
@@ -54,16 +59,21 @@ def wait_for(what, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("names", [("one",), ("one", "two")])
-def test_what_was_started_is_ended(tmp_path, names):
-    study = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path), *names], stderr=subprocess.DEVNULL)
+def test_what_was_started_is_ended(tmp_path, names, number):
+    study = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), *names],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "COMMAND": json.dumps(COMMAND)},
+    )
     commands: list[int] = []
-    notes = [tmp_path / name / "running.pid" for name in names]
+    notes = [tmp_path / name / note for name in names for note in ("running.pid", "child.pid")]
     try:
         wait_for(lambda: all(note.is_file() and note.read_text(encoding="utf-8") for note in notes))
         commands = [int(note.read_text(encoding="utf-8")) for note in notes]
         assert all(map(alive, commands))
-        study.terminate()
+        study.send_signal(number)
         assert study.wait(60) != 0
         wait_for(lambda: not any(map(alive, commands)))
     finally:
@@ -72,19 +82,30 @@ def test_what_was_started_is_ended(tmp_path, names):
             os.kill(command, signal.SIGKILL)
 
 
-def test_the_command_says_that_it_was_stopped_and_by_what(monkeypatch, capsys):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_command_says_that_it_was_stopped_and_by_what(monkeypatch, capsys, number):
     def run(_: object) -> int:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(30)
         return 0
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     options = command_line.read_arguments(["trainers"])
     options.run = run
     monkeypatch.setattr(command_line, "read_arguments", lambda _: options)
-    assert command_line.main([]) == 128 + 15
+    assert command_line.main([]) == 128 + number
     assert capsys.readouterr().err == "nnunet_ima: stopped.\n"
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_in_order():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_forked_processes_are_ended_at_once():

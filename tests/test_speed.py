@@ -247,7 +247,9 @@ def ground(project, results, configuration, request) -> ProjectGround:
     pipeline = Pipeline(project.root, PLANS, SmallNetwork("tiny"), "cpu", make_folders=False)
     model = request.getfixturevalue(f"std_{configuration[:2]}")
     checkpoint = model / "fold_0" / "checkpoint_final.pth"
-    return ProjectGround(pipeline, project.preprocessed, Method("stock", "", {}), configuration, checkpoint)
+    return ProjectGround(
+        pipeline, project.preprocessed, Method("stock", "", {}), name=configuration, weights=checkpoint
+    )
 
 
 @pytest.mark.parametrize("configuration", ["2d_tiny", pytest.param("3d_tiny", marks=pytest.mark.slow)])
