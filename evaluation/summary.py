@@ -121,17 +121,25 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
 
 
 def nothing_learned(summary: Mapping[str, Any]) -> bool:
-    """Whether not one sample is segmented correctly without any attack, so that there is no robustness to measure."""
+    """Whether without any attack not one sample is correct, nor TVDI above the same threshold: nothing can be lost.
+
+    Not by the samples alone: where few were attacked, all may be hard ones of a model whose TVDI is good.
+
+    Args:
+        summary: ``clean`` (``n_samples``, ``robust_share``, ``tvdi``) and ``criterion`` of it are read.
+    """
     clean = summary["clean"]
-    return int(clean["n_samples"]) > 0 and clean["robust_share"] == 0
+    none_correct = int(clean["n_samples"]) > 0 and clean["robust_share"] == 0
+    return bool(none_correct and (clean["tvdi"] or 0.0) <= summary["criterion"]["dice_threshold"])
 
 
 def nothing_to_lose(summary: Mapping[str, Any]) -> str:
     """What that means, in a sentence."""
-    threshold = 100 * summary["criterion"]["dice_threshold"]
+    clean, threshold = summary["clean"], 100 * summary["criterion"]["dice_threshold"]
     return (
-        f"Without any attack no sample has a Dice above {threshold:g} %: this model has not learned its task, so that "
-        f"what attacks leave of it says nothing of robustness; train it longer, or see whether it fits these data."
+        f"Without any attack none of the {clean['n_samples']} attacked samples has a Dice above {threshold:g} %, and "
+        f"TVDI is {_percent(clean['tvdi'])} %: this model has not learned its task, so that what attacks leave of it "
+        f"says nothing of robustness; train it longer, or see whether it fits these data."
     )
 
 

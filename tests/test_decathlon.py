@@ -735,7 +735,7 @@ def test_a_model_that_has_not_learned_its_task_is_marked(tmp_path):
     }
     rows = [row for method, summary in summaries.items() for row in table.rows_of(4, method, 15.0, summary)]
     markdown = table.as_markdown(rows)
-    assert "| IMA (not trained enough: no slice is correct without an attack) | " in markdown
+    assert "| IMA (not trained enough: none of 40 slices is correct without an attack) | " in markdown
     assert "| STD | " in markdown
     lines = csv.DictReader(table.as_csv(rows).splitlines())
     assert {(line["method"], line["learned"]) for line in lines} == {("IMA", "False"), ("STD", "True")}

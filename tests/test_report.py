@@ -48,6 +48,7 @@ from nnunet_ima.evaluation.report.tables import (
 )
 from nnunet_ima.evaluation.results import UNTOUCHED, Results, read_results
 from nnunet_ima.evaluation.statistics import holm
+from nnunet_ima.evaluation.summary import nothing_learned
 
 MARGINS = {"margin_10": [1.0, 1.5, 2.0], "margin_50": [2.0, 3.0, 4.0], "margin_90": [3.0, 5.0, 7.0]}
 PAPERS = Path(__file__).parents[2] / "shared" / "papers"
@@ -136,14 +137,89 @@ def scores_of(run: Path) -> list[SampleScore]:
 
 
 def test_that_a_model_has_not_learned_its_task_is_said_on_the_page_and_in_its_own_table(tmp_path):
-    said = "ithout any attack no sample has a Dice above 60 %: this model has not learned its task"
+    said = "ithout any attack none of the 40 attacked samples has a Dice above 60 %, and TVDI is"
     bad, good = (make_run(tmp_path / name, title=name, clean=clean) for name, clean in (("Bad", 0.3), ("Good", 0.9)))
-    assert f"**W{said}" in (bad / "table.md").read_text(encoding="utf-8")
-    assert said not in (good / "table.md").read_text(encoding="utf-8")
+    tvdi = 100 * read_results(bad).figures(UNTOUCHED)["tvdi"]
+    own, other = ((folder / "table.md").read_text(encoding="utf-8") for folder in (bad, good))
+    assert f"**W{said} {tvdi:.1f} %: this model has not learned its task" in own
+    assert said not in other
     content = write_report([bad, good], tmp_path / "out").read_text(encoding="utf-8")
     warning = content[content.index('<aside class="warning"') : content.index("</aside>")]
     assert f"Bad: w{said}" in warning
     assert "Good" not in warning
+
+
+@pytest.mark.parametrize(
+    ("clean", "nothing"),
+    [
+        ({"robust_share": 0.0, "tvdi": 0.5}, True),
+        ({"robust_share": 0.0, "tvdi": None}, True),
+        # Few samples, all of them hard ones: none is correct, but the model is no failure.
+        ({"robust_share": 0.0, "tvdi": 0.7}, False),
+        ({"robust_share": 0.1, "tvdi": 0.5}, False),
+        ({"robust_share": 0.0, "tvdi": 0.5, "n_samples": 0}, False),
+    ],
+)
+def test_of_a_model_whose_tvdi_is_good_or_of_which_a_sample_is_correct_it_is_not_said(clean, nothing):
+    criterion = {"dice_threshold": 0.6, "dice_reduction": "mean"}
+    assert nothing_learned({"clean": {"n_samples": 3, **clean}, "criterion": criterion}) is nothing
+
+
+def test_a_model_that_learned_nothing_beats_none_and_is_beaten_by_none(tmp_path):
+    """A constant network loses nothing under attack, where a good one may fall to 0."""
+    made = {
+        title: make_run(tmp_path / title, title=title, clean=clean, attacked={"5": dice, "8": dice}, seed=number)
+        for number, (title, clean, dice) in enumerate(
+            (("SAT", 0.26, 0.25), ("STD", 0.9, 0.0), ("IMA", 0.88, 0.2), ("TE", 0.3, 0.1))
+        )
+    }
+    # One that did other attacks on other samples does not keep the others from being compared, either.
+    fewer = make_run(tmp_path / "few", title="SAT", clean=0.26, attacked={"5": 0.25, "8": 0.25}, cases=7)
+    for sat in (made["SAT"], fewer):
+        setting = one_setting(made["STD"], sat, made["IMA"])
+        std, _, ima = setting.runs
+        assert headline(setting).startswith("IMA is more robust than STD: at L2 5")
+        assert headline(setting).endswith("more. SAT has not learned its task and is not compared.")
+        assert (setting.ranked, setting.pairs) == ([ima, std], [(ima, std)])
+        assert evidence(setting).startswith("On average over L2 5 and 8, IMA holds")
+        assert " pairs of models" not in evidence(setting)
+        assert "SAT" not in price(setting)
+        table = difference_table(setting)
+        assert {(row[0].text, row[1].text) for row in table.rows} == {("IMA", "STD")}
+        best = robustness_table(setting)
+        bold = {row[0].text: [cell.best for cell in row[2:]] for row in best.rows}
+        assert bold == {"STD": [True, *[False] * 3], "SAT": [False] * 4, "IMA": [False, *[True] * 3]}
+        (drawing,) = (one for one in drawings_of(setting, colours_of(setting.runs)) if one.title.startswith("Clean"))
+        for text in (table.note, best.note, drawing.caption):
+            assert "SAT has not learned its task and is not compared." in text
+    rows = numbers_of(write_report([made["STD"], made["SAT"], made["IMA"]], tmp_path / "out"))
+    assert {(row["model"], row["against"]) for row in rows if row["against"]} == {("IMA", "STD")}
+
+    left = one_setting(made["STD"], made["SAT"])
+    assert headline(left).startswith("At L2 5, apgd:steps=4 takes STD from")
+    assert headline(left).endswith(". SAT has not learned its task and is not compared; no second model is left.")
+    none = one_setting(made["SAT"], made["TE"])
+    assert headline(none) == "SAT and TE have not learned their task and are not compared; no model is left."
+    alone = one_setting(made["SAT"])
+    assert headline(alone).startswith("At L2 5, apgd:steps=4 takes SAT from")
+    assert headline(alone).endswith(". SAT has not learned its task, so this says nothing of robustness.")
+    for setting in (left, none, alone):
+        assert (evidence(setting), price(setting), difference_table(setting)) == ("", "", None)
+        assert not any(cell.best for row in robustness_table(setting).rows for cell in row)
+        assert "is more robust than" not in Text(_page(setting.runs, [setting], "")).text
+
+
+def test_under_noise_alone_a_model_that_learned_nothing_is_left_out_too(tmp_path):
+    made = [
+        make_run(tmp_path / title, title=title, clean=clean, attacked={"5": 0.2}, noise={"5": clean - 0.05})
+        for title, clean in (("STD", 0.9), ("SAT", 0.26))
+    ]
+    (noise,) = settings_of([only(folder, NOISE) for folder in made])
+    assert re.fullmatch(
+        r"No attack was run, only white noise, so no model is called more robust: at L2 5 it leaves STD [^A]* Dice. "
+        r"SAT has not learned its task and is not compared; no second model is left.",
+        headline(noise),
+    )
 
 
 def test_samples_that_a_model_was_not_attacked_on_are_not_shown_side_by_side(tmp_path):

@@ -35,7 +35,7 @@ class Row:
         published: in %, the same of the paper.
         source: of the published figures; empty if there are none.
         trusted: whether the checks of the evaluation passed.
-        learned: whether any slice is correct without an attack.
+        learned: False where without an attack neither is any slice correct nor TVDI above the threshold for that.
     """
 
     task: int
@@ -139,8 +139,9 @@ def as_markdown(rows: Sequence[Row]) -> str:
         lines += [f"TVDI in %, {slices} slices." + _sources(mine), ""]
         lines += ["| method | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
         for row in mine:
+            untrained = f"not trained enough: none of {row.slices} slices is correct without an attack"
             marks = [
-                *([] if row.learned else ["not trained enough: no slice is correct without an attack"]),
+                *([] if row.learned else [untrained]),
                 *([] if row.trusted else ["not to be trusted: a check failed"]),
             ]
             mark = f" ({'; '.join(marks)})" if marks else ""

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from nnunet_ima.evaluation.metrics import Array
 from nnunet_ima.evaluation.report.charts import Axis, Point, Series, axis_around, chart, percent_axis
 from nnunet_ima.evaluation.report.figures import NOISE, Setting
-from nnunet_ima.evaluation.report.sentences import percent
+from nnunet_ima.evaluation.report.sentences import not_compared, percent
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
 
 # More box plots side by side could not be told apart.
@@ -87,7 +87,8 @@ def _clean_against_robust(setting: Setting, colours: Mapping[str, str]) -> Drawi
             percent_axis("mean Dice over attacked levels (%)"),
             series,
         ),
-        "The best place is the upper right corner: good on clean scans, and good under attack. Lines: 95 % intervals.",
+        f"The best place is the upper right corner: good on clean scans, and good under attack. Lines: 95 % intervals. "
+        f"{not_compared(setting)}".rstrip(),
     )
 
 

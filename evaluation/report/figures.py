@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from nnunet_ima.evaluation.statistics import (
     tvdi_interval,
     units,
 )
+from nnunet_ima.evaluation.summary import nothing_learned
 
 # Noise says how a model fares by chance; what an attacker can do is said by the others.
 NOISE = "white-noise"
@@ -71,7 +72,7 @@ class Setting:
             cases = len(set(table.cases.tolist()))
             found.append(f"{len(table.cases)} samples of {cases} case{'s' if cases > 1 else ''}")
         each = "; ".join(f"{run.title}: {text}" for run, text in zip(self.runs, found, strict=True))
-        return f"{found[0] if self.comparable else each}, each sample of {self.patch} voxels"
+        return f"{found[0] if _same_samples(self.runs) else each}, each sample of {self.patch} voxels"
 
     @property
     def few_cases(self) -> bool:
@@ -105,6 +106,11 @@ class Setting:
         first = dict.fromkeys(str(item["attack"]) for item in self.runs[0].attacked)
         return [attack for attack in first if self.levels and all(self._has(run, attack) for run in self.runs)]
 
+    @cached_property
+    def compared(self) -> list[Results]:
+        """The models that are compared: those that have learned their task, as of others an attack can take nothing."""
+        return [run for run in self.runs if not nothing_learned(run.summary)]
+
     @property
     def noise_only(self) -> bool:
         """Whether plain noise is all that the models have in common, which says nothing of an attacker."""
@@ -128,15 +134,8 @@ class Setting:
 
     @cached_property
     def comparable(self) -> bool:
-        """Whether all runs attacked the same samples, so that models can be compared case by case."""
-        tables = [run.samples[UNTOUCHED] for run in self.runs]
-        first = tables[0]
-        return all(
-            np.array_equal(one.cases, first.cases)
-            and np.array_equal(one.tiles, first.tiles)
-            and np.array_equal(one.counts[:, :, [0, 2]].sum(2), first.counts[:, :, [0, 2]].sum(2))
-            for one in tables
-        )
+        """Whether all runs that are compared attacked the same samples, so that it can be done case by case."""
+        return _same_samples(self.compared)
 
     def worst(self, run: Results, level: str) -> Key:
         """The condition at a level under which a run has the lowest TVDI, of the attacks that all models had."""
@@ -149,20 +148,20 @@ class Setting:
 
     @cached_property
     def telling_level(self) -> str | None:
-        """Where the models differ most; of a single one the smallest level. None without attacks."""
+        """Where the compared models differ most; of a single one the smallest level. None without attacks."""
         if not self.attacks:
             return None
 
         def spread(level: str) -> float:
-            values = [tvdi(run, self.worst(run, level)) for run in self.runs]
+            values = [tvdi(run, self.worst(run, level)) for run in self.compared]
             return max(values) - min(values)
 
-        return self.levels[0][0] if len(self.runs) == 1 else max((text for text, _ in self.levels), key=spread)
+        return self.levels[0][0] if len(self.compared) < 2 else max((text for text, _ in self.levels), key=spread)
 
     @cached_property
     def ranked(self) -> list[Results]:
-        """From the highest mean TVDI over the attacked levels to the lowest."""
-        return sorted(self.runs, key=lambda run: -self.robust_mean(run))
+        """The compared models, from the highest mean TVDI over the attacked levels to the lowest."""
+        return sorted(self.compared, key=lambda run: -self.robust_mean(run))
 
     def robust_mean(self, run: Results) -> float:
         """Mean TVDI over the attacked levels, each under the run's worst attack."""
@@ -188,7 +187,7 @@ class Setting:
         """What is to be known of p: how small it can be at all, or that it is too small; empty if neither matters."""
         if self.few_cases:
             return " Samples of one case resemble each other, so p is too small."
-        table = self.runs[0].samples[UNTOUCHED]
+        table = self.compared[0].samples[UNTOUCHED]
         cases = len(units(table.cases, table.counts)[1])
         least = smallest_p(cases)
         before = " before that correction" if len(self.pairs) > 1 else ""
@@ -216,8 +215,8 @@ class Setting:
 
     @property
     def pairs(self) -> list[tuple[Results, Results]]:
-        """All pairs of models, each once: the one that was given later, and the other."""
-        return [(later, first) for first, later in combinations(self.runs, 2)]
+        """All pairs of compared models, each once: the one that was given later, and the other."""
+        return [(later, first) for first, later in combinations(self.compared, 2)]
 
     def difference(self, run: Results, other: Results, level: str | None) -> Difference | None:
         """A run's TVDI minus another's, each under its own worst attack of a level, or without attack.
@@ -314,6 +313,16 @@ def settings_of(runs: Sequence[Results]) -> list[Setting]:
         protocol = mine[0].summary["protocol"]
         made.append(Setting(dataset, name, norm, patch, protocol["unit"], protocol["range"], mine))
     return made
+
+
+def _same_samples(runs: Sequence[Results]) -> bool:
+    tables = [run.samples[UNTOUCHED] for run in runs]
+    return all(
+        np.array_equal(one.cases, other.cases)
+        and np.array_equal(one.tiles, other.tiles)
+        and np.array_equal(one.counts[:, :, [0, 2]].sum(2), other.counts[:, :, [0, 2]].sum(2))
+        for one, other in pairwise(tables)
+    )
 
 
 def _opposite(difference: Difference | None) -> Difference | None:

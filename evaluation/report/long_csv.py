@@ -153,7 +153,7 @@ def _of_case(
 
 
 def _differences(setting: Setting) -> Iterator[Figure]:
-    if len(setting.runs) < 2 or not setting.comparable or not setting.attacks:
+    if len(setting.compared) < 2 or not setting.comparable or not setting.attacks:
         return
     for level, value in ((None, 0.0), *setting.levels):
         for metric, difference in (("tvdi", setting.difference), ("adi", setting.adi_difference)):

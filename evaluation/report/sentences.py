@@ -40,16 +40,36 @@ def compare(setting: Setting, run: Results, other: Results) -> Order:
 
 
 def headline(setting: Setting) -> str:
-    """The one sentence to remember of a setting."""
+    """What to remember of a setting, and which models nothing is made of."""
+    return " ".join(filter(None, (_claim(setting), not_compared(setting))))
+
+
+def not_compared(setting: Setting) -> str:
+    """Which models have not learned their task, so that they are left out of every comparison; empty if all have."""
+    titles = [run.title for run in setting.runs if run not in setting.compared]
+    if not titles:
+        return ""
+    one = len(titles) == 1
+    who = f"{_and(titles)} {'has not learned its' if one else 'have not learned their'} task"
+    if len(setting.runs) == 1:
+        return f"{who}, so this says nothing of robustness."
+    left = {0: "; no model is left", 1: "; no second model is left"}.get(len(setting.compared), "")
+    return f"{who} and {'is' if one else 'are'} not compared{left}."
+
+
+def _claim(setting: Setting) -> str:
+    """What the compared models withstand; empty where there are several models of which none has learned its task."""
     level = setting.telling_level
     if level is None:
         went = "; ".join(f"{run.title} had {_conditions(setting, run.attacked)}" for run in setting.runs)
         return f"No attack was run on all models at the same levels, so nothing can be compared: {went}."
+    if not setting.compared:
+        return _alone(setting, setting.runs[0], level) if len(setting.runs) == 1 else ""
     best, *others = setting.ranked
+    if setting.noise_only and len(setting.runs) > 1:
+        return _noise_only(setting, level)
     if not others:
         return _alone(setting, best, level)
-    if setting.noise_only:
-        return _noise_only(setting, level)
     orders = {other.title: compare(setting, best, other) for other in others}
     beaten = [other for other in others if orders[other.title] is Order.BETTER]
     if not beaten:
@@ -87,7 +107,7 @@ def left_out(setting: Setting) -> str:
 
 def evidence(setting: Setting) -> str:
     """How sure the headline is: the one question that was asked, of the mean over levels; empty if it names none."""
-    if setting.telling_level is None or setting.noise_only or len(setting.runs) == 1:
+    if setting.telling_level is None or setting.noise_only or len(setting.compared) < 2:
         return ""
     best, *others = setting.ranked
     other = next((one for one in others if compare(setting, best, one) is Order.BETTER), others[0])
@@ -105,7 +125,7 @@ def evidence(setting: Setting) -> str:
 
 def price(setting: Setting) -> str:
     """What the more robust model costs on clean scans; empty if none is."""
-    if setting.telling_level is None or setting.noise_only or len(setting.runs) == 1:
+    if setting.telling_level is None or setting.noise_only or len(setting.compared) < 2:
         return ""
     best, *others = setting.ranked
     beaten = [other for other in others if compare(setting, best, other) is Order.BETTER]
@@ -205,8 +225,8 @@ def _noise_only(setting: Setting, level: str) -> str:
         f"{run.title} {percent(setting.interval(run, setting.worst(run, level)))}" for run in setting.ranked
     )
     return (
-        f"No attack was run, only white noise, so no model is called more robust: at {setting.norm_name} {level} they "
-        f"hold {held} Dice."
+        f"No attack was run, only white noise, so no model is called more robust: at {setting.norm_name} {level} it "
+        f"leaves {held} Dice."
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from nnunet_ima.evaluation.metrics import class_scores, nan_mean
 from nnunet_ima.evaluation.report.figures import Setting, tvdi
 from nnunet_ima.evaluation.report.published import level_value, paper_task, published_attack, published_for
-from nnunet_ima.evaluation.report.sentences import probability
+from nnunet_ima.evaluation.report.sentences import not_compared, probability
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
 from nnunet_ima.evaluation.statistics import Difference, holm
 
@@ -64,8 +64,8 @@ def robustness_table(setting: Setting) -> Table | None:
         conditions += [[setting.key(run, attack, text) for run in setting.runs] for text, _ in setting.levels]
         for keys in conditions:
             intervals = [setting.interval(run, key) for run, key in zip(setting.runs, keys, strict=True)]
-            columns.append(_marked([_dice(one.value, one.low, one.high) for one in intervals]))
-        columns.append(_marked([_dice(setting.mean_over_levels(run, attack)) for run in setting.runs]))
+            columns.append(_marked(setting, [_dice(one.value, one.low, one.high) for one in intervals]))
+        columns.append(_marked(setting, [_dice(setting.mean_over_levels(run, attack)) for run in setting.runs]))
         for run, *cells in zip(setting.runs, *columns, strict=True):
             rows.append([Cell(run.title), Cell(attack), *cells])
     note = (
@@ -75,13 +75,13 @@ def robustness_table(setting: Setting) -> Table | None:
     )
     if clamped:
         note += " Clamp only: what the protocol does to the scans before any attack."
-    note += setting.choice_note + without_published(setting)
+    note += _without_unlearned(setting) + setting.choice_note + without_published(setting)
     return Table(f"TVDI under each attack: {setting.name}", head, rows, note, names=2)
 
 
 def difference_table(setting: Setting) -> Table | None:
-    """Each model against each other one, case by case."""
-    if len(setting.runs) < 2 or not setting.comparable or not setting.attacks:
+    """Each compared model against each other one, case by case."""
+    if len(setting.compared) < 2 or not setting.comparable or not setting.attacks:
         return None
     corrected = bool(setting.correction)
     rows = []
@@ -104,6 +104,7 @@ def difference_table(setting: Setting) -> Table | None:
     asked = "whether a model is called more robust is asked once, of the mean of the levels"
     claim = "by noise alone no model is called more robust" if setting.noise_only else asked
     note += f"Not corrected for the number of levels and figures; {claim}.{setting.p_note}{setting.choice_note}"
+    note += _without_unlearned(setting)
     more = ["p (Holm)"] if corrected else []
     head = ["model", "against", "level", "TVDI", "95 % interval", "p", *more]
     head += ["ADI", "95 % interval (ADI)", "p (ADI)", *(f"{name}, ADI" for name in more)]
@@ -419,10 +420,18 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _marked(cells: Sequence[Cell]) -> list[Cell]:
-    """The highest ones marked as the best, if there is anything to compare."""
-    shown = [float(cell.text) for cell in cells if cell.number == cell.number]
-    if len(cells) < 2 or not shown:
+def _marked(setting: Setting, cells: Sequence[Cell]) -> list[Cell]:
+    """A cell of each run; the highest of the compared models marked as the best, if there is anything to compare."""
+    takes_part = [run in setting.compared and cell.number == cell.number
+                  for run, cell in zip(setting.runs, cells, strict=True)]  # fmt: skip
+    shown = [float(cell.text) for cell, part in zip(cells, takes_part, strict=True) if part]
+    if len(setting.compared) < 2 or not shown:
         return list(cells)
     # What looks the same is the same.
-    return [replace(cell, best=cell.number == cell.number and float(cell.text) == max(shown)) for cell in cells]
+    return [replace(cell, best=part and float(cell.text) == max(shown))
+            for cell, part in zip(cells, takes_part, strict=True)]  # fmt: skip
+
+
+def _without_unlearned(setting: Setting) -> str:
+    sentence = not_compared(setting)
+    return f" {sentence}" if sentence else ""
