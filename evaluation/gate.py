@@ -16,6 +16,7 @@ import numpy as np
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.baseline import Baseline, baseline_of, same_samples
 from nnunet_ima.evaluation.changes import other_attack, same_model
+from nnunet_ima.evaluation.markdown import escaped, table_row
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
 from nnunet_ima.evaluation.statistics import FEWEST, Interval, tvdi_difference, tvdi_interval, units
 from nnunet_ima.files import write_text
@@ -196,14 +197,13 @@ def markdown(title: str, judgements: Sequence[Judgement], changes: Mapping[str, 
         judgements: in order.
         changes: since the baseline, see :func:`~nnunet_ima.evaluation.changes.what_changed`; None without one.
     """
-    lines = [f"## Robustness gate: {overall(judgements).word}", "", title, ""]
+    lines = [f"## Robustness gate: {overall(judgements).word}", "", escaped(title), ""]
     lines += ["| rule | before | now | verdict | why |", "| --- | --- | --- | --- | --- |"]
     for one in judgements:
-        cells = (one.rule, one.before, one.now, f"**{one.verdict.word}**", one.sentence)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        lines.append(table_row((one.rule, one.before, one.now, f"**{one.verdict.word}**", one.sentence)))
     lines += ["", "TVDI in %, with 95 % intervals.", ""]
     if changes:
-        lines += [f"### {CHANGES}", "", *(f"- {line}" for line in _lines(changes)), ""]
+        lines += [f"### {CHANGES}", "", *(f"- {escaped(line)}" for line in _lines(changes)), ""]
     return "\n".join(lines)
 
 

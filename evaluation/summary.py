@@ -14,6 +14,7 @@ import numpy as np
 
 from nnunet_ima.evaluation.ensembles import attacked_by, figures_of_members, members_of
 from nnunet_ima.evaluation.identity import digest, sealed
+from nnunet_ima.evaluation.markdown import escaped
 from nnunet_ima.evaluation.metrics import (
     SURFACE_TOLERANCE_MM,
     Array,
@@ -80,7 +81,7 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
     """The figures as a table for people, with what they mean above it."""
     model, protocol = summary["model"], summary["protocol"]
     lines = [
-        f"# {model['trainer']} on {model['dataset']}, {model['configuration']}, fold {model['fold']}",
+        escaped(f"# {model['trainer']} on {model['dataset']}, {model['configuration']}, fold {model['fold']}"),
         "",
         f"Protocol `{protocol['name']}`, norm {_norm_name(protocol['norm'])}; level in {protocol['unit']}; "
         f"a perturbed image stays in {protocol['range']}.",

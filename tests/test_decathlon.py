@@ -38,7 +38,7 @@ from nnunet_ima.evaluation.decathlon_study.cost import (
 from nnunet_ima.evaluation.decathlon_study.differences import ALWAYS, of_study, of_task
 from nnunet_ima.evaluation.decathlon_study.dry_run import describe
 from nnunet_ima.evaluation.decathlon_study.evaluations import NAMES, NOISE, PGD100, evaluations_of
-from nnunet_ima.evaluation.decathlon_study.study import METHODS
+from nnunet_ima.evaluation.decathlon_study.study import METHODS, TaskStudy
 from nnunet_ima.evaluation.decathlon_study.tasks import TASKS, GivenTask, find_tasks
 from nnunet_ima.evaluation.finished import asked_for
 from nnunet_ima.evaluation.most_passes import most_passes
@@ -678,6 +678,22 @@ def test_one_job_that_fails_does_not_keep_the_others_from_running(raw, tmp_path,
 
 
 # ---- the table
+
+
+def test_a_description_that_is_html_is_shown_in_the_page_of_all_tasks(tmp_path, monkeypatch):
+    folder = a_task(tmp_path / "raw", "Task04_HippocampusB", 5, labels=True)
+    about = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**about, "description": "<img src=x onerror=alert(1)>&"}))
+    study = a_study(tmp_path / "raw", tmp_path / "out", tasks=(4,), methods=("STD",), evaluations=("sound_l2",))
+    rows = table.rows_of(4, "STD", 15.0, summary_of(tmp_path / "run", dataset="<b>"))
+    monkeypatch.setattr(TaskStudy, "rows", lambda _: rows)
+    monkeypatch.setattr(TaskStudy, "pages", lambda *_: [])
+    (tmp_path / "out").mkdir()
+    study.report()
+    text = (tmp_path / "out" / "decathlon.md").read_text(encoding="utf-8")
+    assert "&lt;img src=x onerror=alert(1)>&amp;" in text
+    assert "### &lt;b>, protocol" in text
+    assert not re.search("<[a-z]", text)
 
 
 def theirs(file: str) -> list[dict[str, str]]:

@@ -173,6 +173,9 @@ def test_both_files_say_the_same(gate, good, tmp_path):
     assert int(suite.attrib["tests"]) == len(suite.findall("testcase")) == 4
     assert int(suite.attrib["failures"]) == len(suite.findall("testcase/failure")) == text.count("**BROKEN**")
     assert int(suite.attrib["errors"]) == len(suite.findall("testcase/error")) == text.count("**cannot tell**")
+    # The title, and the name of the trainer among what changed.
+    assert text.count("&lt;b>&amp;") == 2
+    assert "<b>" not in text
 
 
 # ---- not the model but the attack

@@ -949,6 +949,13 @@ def test_a_name_that_is_html_is_shown_and_not_run(tmp_path):
     assert not any("onerror" in attributes for _, attributes in parsed.tags)
     assert "<img src=x onerror=alert(1)>&001" in parsed.text
     assert "{{ 7 * 7 }}" in parsed.text
+    markdown = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    assert "&lt;img src=x onerror=alert(1)>&amp;001" in markdown
+    assert "&lt;script>" in markdown
+    assert "# &lt;/style>" in (tmp_path / "run" / "table.md").read_text(encoding="utf-8")
+    for text in (markdown, (tmp_path / "run" / "table.md").read_text(encoding="utf-8")):
+        assert "<" not in text
+        assert not re.search("&(?!amp;|lt;)", text)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -21,6 +21,7 @@ from nnunet_ima.evaluation.decathlon_study.jobs import print_jobs
 from nnunet_ima.evaluation.decathlon_study.tasks import GivenTask, find_tasks
 from nnunet_ima.evaluation.environment import default_device
 from nnunet_ima.evaluation.identity import differences as json_differences
+from nnunet_ima.evaluation.markdown import escaped
 from nnunet_ima.evaluation.models import read_json
 from nnunet_ima.evaluation.pipeline import PLANS, Attacks, Method, PlannedNetwork, SmallNetwork
 from nnunet_ima.evaluation.study import Job, Study, exclusive, run_jobs
@@ -161,9 +162,10 @@ class DecathlonStudy:
             return "No evaluation is finished yet, so there is no report."
         pages = [page for task in self.tasks for page in task.pages(self.differences)]
         parts = ["# The Decathlon study", "", table.as_markdown(rows), "## Differences from the paper", ""]
-        parts += [*(f"- {text}" for text in self.differences), ""]
+        parts += [*(f"- {escaped(text)}" for text in self.differences), ""]
         for task in self.tasks:
-            parts += [f"### {task.given.folder.name}", "", *(f"- {text}" for text in task.differences), ""]
+            named = escaped(task.given.folder.name)
+            parts += [f"### {named}", "", *(f"- {escaped(text)}" for text in task.differences), ""]
         write_text(self.output / "decathlon.md", "\n".join(parts))
         write_text(self.output / "decathlon.csv", table.as_csv(rows))
         shown = "\n".join(f"Open {page}" for page in pages)

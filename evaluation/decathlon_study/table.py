@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnunet_ima.evaluation.decathlon_study.evaluations import PGD100
+from nnunet_ima.evaluation.markdown import escaped
 from nnunet_ima.evaluation.report.published import Published, published_rows
 from nnunet_ima.evaluation.summary import nothing_learned
 
@@ -135,7 +136,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     for (_, dataset, protocol, norm, attack), mine in groups.items():
         columns = list(mine[0].tvdi)
         slices = ", ".join(dict.fromkeys(str(row.slices) for row in mine))
-        lines += [f"### {dataset}, protocol `{protocol}`, {norm}, `{attack}`", ""]
+        lines += [f"### {escaped(dataset)}, protocol `{protocol}`, {norm}, `{attack}`", ""]
         lines += [f"TVDI in %, {slices} slices." + _sources(mine), ""]
         lines += ["| method | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
         for row in mine:

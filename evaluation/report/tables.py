@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_ima.evaluation.markdown import escaped, table_row
 from nnunet_ima.evaluation.metrics import class_scores, nan_mean
 from nnunet_ima.evaluation.report.figures import Setting, tvdi
 from nnunet_ima.evaluation.report.published import level_value, paper_task, published_attack, published_for
@@ -363,13 +364,10 @@ def _clean_and_attacked(setting: Setting, run: Results, level: str) -> list[tupl
 def as_markdown(table: Table) -> str:
     """A pipe table."""
 
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    lines = [f"### {table.title}", "", line(table.head), line(["---"] * len(table.head))]
+    lines = [f"### {escaped(table.title)}", "", table_row(table.head), table_row(["---"] * len(table.head))]
     for row in table.rows:
-        lines.append(line([f"**{_full(cell)}**" if cell.best else _full(cell) for cell in row]))
-    return "\n".join([*lines, "", table.note, ""])
+        lines.append(table_row(f"**{_full(cell)}**" if cell.best else _full(cell) for cell in row))
+    return "\n".join([*lines, "", escaped(table.note), ""])
 
 
 def as_latex(table: Table) -> str:
