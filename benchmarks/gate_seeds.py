@@ -124,7 +124,7 @@ def main() -> None:
     baseline = options.output / f"gate_baseline_{models.name}{options.samples or 'as_there'}.json"
     first = evaluated(models, "unchanged", 0, 0, options)
     if not baseline.is_file() and nnunet_ima("gate", str(first), "--write-baseline", str(baseline))[0]:
-        sys.exit(f"{first} makes no baseline: a check failed.")
+        sys.exit(f"{first} makes no baseline: a check failed, or its model has not learned its task.")
     for way in options.ways:
         rows = [
             {"way": way, "seed": seed, "model": name, **judged(run, baseline)}

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from nnunet_ima.dice import Confusion, sample_dice
 from nnunet_ima.evaluation.identity import read_sealed, sealed
-from nnunet_ima.evaluation.metrics import Array
+from nnunet_ima.evaluation.metrics import Array, tvdi
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results, read_results
+from nnunet_ima.evaluation.summary import nothing_learned
 from nnunet_ima.files import write_text
 
 SCHEMA = "nnunet_ima/baseline/2"
@@ -42,6 +45,16 @@ class Baseline:
 def same_samples(one: Baseline, other: Baseline) -> bool:
     """Whether both are of the same samples; with other labels they are others."""
     return one.samples == other.samples and np.array_equal(one.sizes, other.sizes)
+
+
+def learned_nothing(baseline: Baseline) -> bool:
+    """Whether its model had not learned its task; see :func:`~nnunet_ima.evaluation.summary.nothing_learned`."""
+    counts, criterion = baseline.counts[UNTOUCHED], baseline.about["criterion"]
+    # Without an attack there is one image of a sample, so that what TVDI pools gives its Dice, too.
+    parts = Confusion(*torch.from_numpy(counts).unbind(-1))
+    correct = sample_dice(parts, criterion["dice_reduction"]) > criterion["dice_threshold"]
+    clean = {"n_samples": len(counts), "robust_share": float(correct.double().mean()), "tvdi": tvdi(counts)}
+    return nothing_learned({"clean": clean, "criterion": criterion})
 
 
 def baseline_of(results: Results) -> Baseline:

@@ -300,11 +300,13 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 def _gate(options: argparse.Namespace) -> int:
     from nnunet_ima.evaluation import gate
 
+    if options.output:
+        # What an earlier gate left there must not look like this one's answer, not even if this one is stopped.
+        gate.remove_gate(options.output)
     try:
         return _judge(options)
     except Exception as error:
         if options.output:
-            # What an earlier gate left there must not look like this one's answer.
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             unknown = gate.Judgement("the gate could be judged", "", "", gate.Verdict.UNKNOWN, why)
             gate.write_gate(options.output, str(options.run_folder), [unknown])
@@ -323,7 +325,7 @@ def _judge(options: argparse.Namespace) -> int:
         raise UserError(f"--max-drop is {options.max_drop:g}; it must be between 0 and 100 points.")
     minima = [gate.parse_minimum(text) for text in options.min]
     results = read_results(options.run_folder)
-    judgements, changes = [gate.judge_trust(results)], None
+    judgements, changes = [gate.judge_trust(results), gate.judge_learned(results)], None
     if options.baseline:
         baseline = kept.read_baseline(options.baseline)
         judgements += gate.judge_drop(results, baseline, options.max_drop)

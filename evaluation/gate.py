@@ -14,11 +14,12 @@ from xml.etree import ElementTree
 import numpy as np
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.baseline import Baseline, baseline_of, same_samples
+from nnunet_ima.evaluation.baseline import Baseline, baseline_of, learned_nothing, same_samples
 from nnunet_ima.evaluation.changes import other_attack, same_model
 from nnunet_ima.evaluation.markdown import escaped, table_row
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
 from nnunet_ima.evaluation.statistics import FEWEST, Interval, tvdi_difference, tvdi_interval, units
+from nnunet_ima.evaluation.summary import nothing_learned, nothing_to_lose
 from nnunet_ima.files import write_text
 
 _RULE = re.compile(
@@ -26,6 +27,9 @@ _RULE = re.compile(
 )
 METRICS = ("tvdi",)
 CHANGES = "What changed since the baseline"
+FILES = ("gate.md", "junit.xml")
+_ANEW = "make a new baseline with nnunet_ima gate RUN --write-baseline FILE."
+_UNLEARNED = "the baseline is of a model that had not learned its task, so it says nothing of this one;"
 
 
 class Verdict(IntEnum):
@@ -111,7 +115,8 @@ def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterato
     """For every condition of the baseline: did TVDI fall by more than ``max_drop`` points?
 
     The same samples are compared one with the other; of other samples only the two intervals. An attack that is not the
-    baseline's tells nothing; nor did a model get worse that is the baseline's own.
+    baseline's tells nothing, nor does a baseline of a model that had not learned its task; nor did a model get worse
+    that is the baseline's own.
 
     Raises:
         UserError: the baseline is of other data, another protocol or norm.
@@ -119,11 +124,12 @@ def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterato
     _refuse_incomparable(results, baseline)
     ours, norm = baseline_of(results), results.summary["protocol"]["norm"]
     paired, unchanged = same_samples(ours, baseline), same_model(ours, baseline)
+    unlearned = learned_nothing(baseline)
     cases, theirs = ([case for case, _ in which] for which in (ours.samples, baseline.samples))
     for key, before in baseline.counts.items():
         name = "clean" if key == UNTOUCHED else f"{key[0]}@{norm}:{key[1]}"
         rule = f"{name}: no more than {max_drop:g} points below the baseline"
-        unit, old_counts = units(theirs, before)
+        old_unit, old_counts = units(theirs, before)
         old = tvdi_interval(old_counts)
         there = next((own for own in ours.counts if own[0] == key[0] and _same(own[1], key[1])), None)
         if there is None:
@@ -131,17 +137,13 @@ def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterato
             yield Judgement(rule, _share(old), "not run", Verdict.UNKNOWN, sentence)
             continue
         after = ours.counts[there]
-        other = other_attack(ours, baseline, key[0])
-        if other:
-            sentence = (
-                f"the attack of that name is another one than the baseline's ({'; '.join(other)}), so the figures say "
-                f"nothing of the model; make a new baseline with nnunet_ima gate RUN --write-baseline FILE."
-            )
-            now = _share(tvdi_interval(units(cases, after)[1]))
-            yield Judgement(rule, _share(old), now, Verdict.UNKNOWN, sentence)
-            continue
-        new_counts = units(cases, after)[1]
+        new_unit, new_counts = units(cases, after)
         new = tvdi_interval(new_counts)
+        other = other_attack(ours, baseline, key[0])
+        if unlearned or other:
+            sentence = _UNLEARNED if unlearned else _other_attack(other)
+            yield Judgement(rule, _share(old), _share(new), Verdict.UNKNOWN, f"{sentence} {_ANEW}")
+            continue
         if paired and np.array_equal(after, before):
             yield Judgement(rule, _share(old), _share(new), Verdict.MET, "nothing changed.")
             continue
@@ -150,11 +152,19 @@ def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterato
         if verdict is Verdict.BROKEN and unchanged:
             verdict = Verdict.UNKNOWN
             why += " But the model is the baseline's own, so something else changed; see below."
-        yield Judgement(rule, _share(old), _share(new), verdict, why + _caveat(unit))
+        yield Judgement(rule, _share(old), _share(new), verdict, why + _caveat(old_unit, new_unit))
 
 
-def _caveat(unit: str) -> str:
-    if unit == "cases":
+def _other_attack(different: Sequence[str]) -> str:
+    return (
+        f"the attack of that name is another one than the baseline's ({'; '.join(different)}), so the figures say "
+        f"nothing of the model;"
+    )
+
+
+def _caveat(*of_intervals: str) -> str:
+    """What is to be said if any of the intervals that were used is of samples."""
+    if "samples" not in of_intervals:
         return ""
     return (
         f" (Interval over samples, as there are fewer than {FEWEST} cases; samples of one case resemble each other, so "
@@ -174,6 +184,18 @@ def judge_trust(results: Results) -> Judgement:
     return Judgement("the figures can be trusted", "", "", verdict, f"{'; '.join(reasons) or good}.")
 
 
+def judge_learned(results: Results) -> Judgement:
+    """Of a model that has not learned its task nothing that an attack leaves tells anything."""
+    rule, clean = "the model has learned its task", results.summary["clean"]
+    if nothing_learned(results.summary):
+        return Judgement(rule, "", "", Verdict.UNKNOWN, nothing_to_lose(results.summary))
+    share = 100 * clean["robust_share"]
+    why = f"without an attack {share:.1f} % of the {clean['n_samples']} attacked samples are correct"
+    if not share:
+        why += ", but TVDI is above the threshold for that"
+    return Judgement(rule, "", "", Verdict.MET, f"{why}.")
+
+
 def overall(judgements: Sequence[Judgement]) -> Verdict:
     """Broken if one rule is; else not to be told if one is not."""
     verdicts = {judgement.verdict for judgement in judgements}
@@ -185,8 +207,15 @@ def write_gate(
 ) -> None:
     """Write gate.md and junit.xml."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "gate.md", markdown(title, judgements, changes))
-    write_text(folder / "junit.xml", junit(title, judgements, changes))
+    texts = (markdown(title, judgements, changes), junit(title, judgements, changes))
+    for name, text in zip(FILES, texts, strict=True):
+        write_text(folder / name, text)
+
+
+def remove_gate(folder: Path) -> None:
+    """Remove what an earlier gate has written, so that it is not taken for the answer of one that was interrupted."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def markdown(title: str, judgements: Sequence[Judgement], changes: Mapping[str, str] | None = None) -> str:

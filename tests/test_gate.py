@@ -20,13 +20,14 @@ from results_of_runs import make_run
 from nnunet_ima.attacks import APGD
 from nnunet_ima.attacks.autoattack import VERSIONS
 from nnunet_ima.evaluation.attack_choice import definition_of, parse_attack
-from nnunet_ima.evaluation.baseline import baseline_of
+from nnunet_ima.evaluation.baseline import Baseline, baseline_of, learned_nothing, write_baseline
 from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.ending import Terminated
 from nnunet_ima.evaluation.gate import Judgement, Verdict, _judge_change, junit, markdown, overall, parse_minimum
 from nnunet_ima.evaluation.identity import differences
-from nnunet_ima.evaluation.results import read_results
+from nnunet_ima.evaluation.results import UNTOUCHED, read_results
 from nnunet_ima.evaluation.statistics import Interval
-from nnunet_ima.evaluation.summary import markdown_table
+from nnunet_ima.evaluation.summary import markdown_table, nothing_learned
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_both_files_say_the_same(gate, good, tmp_path):
     assert (tmp_path / "out" / "gate.md").read_text() in text
     suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()
     assert status == 1
-    assert int(suite.attrib["tests"]) == len(suite.findall("testcase")) == 4
+    assert int(suite.attrib["tests"]) == len(suite.findall("testcase")) == 5
     assert int(suite.attrib["failures"]) == len(suite.findall("testcase/failure")) == text.count("**BROKEN**")
     assert int(suite.attrib["errors"]) == len(suite.findall("testcase/error")) == text.count("**cannot tell**")
     # The title, and the name of the trainer among what changed.
@@ -309,6 +310,49 @@ def test_a_model_that_learned_from_the_cases_is_not_judged(gate, tmp_path):
     assert "learned from some of these very cases" in text
 
 
+def test_of_a_model_that_has_not_learned_its_task_nothing_is_told_but_that_it_got_worse(gate, good, tmp_path):
+    """It keeps under attack what it has; so does a model like it, which would pass for ever."""
+    collapsed = make_run(tmp_path / "collapsed", clean=0.3, attacked={"2": 0.3, "8": 0.29}, title="SAT")
+    status, text = gate(collapsed, "--min", "clean tvdi>=0.1")
+    assert status == 2
+    assert "none of the 40 attacked samples has a Dice above 60 %" in text
+    assert gate(collapsed, "--min", "clean tvdi>=0.5")[0] == 1
+    assert gate(collapsed, "--baseline", good, "--max-drop", "5")[0] == 1
+    file = tmp_path / "baseline.json"
+    assert gate(collapsed, "--write-baseline", file)[0] == 2
+    assert not file.exists()
+    status, text = gate(good, "--baseline", good)
+    assert "| the model has learned its task |  |  | **met** | without an attack 100.0 % of the 40 " in text
+
+
+def test_of_a_baseline_that_had_not_learned_its_task_nothing_is_told(gate, good, tmp_path):
+    collapsed = make_run(tmp_path / "collapsed", clean=0.3, attacked={"2": 0.3, "8": 0.29}, title="SAT")
+    worse = make_run(tmp_path / "worse", clean=0.1, attacked={"2": 0.1, "8": 0.1}, title="SAT", seed=1)
+    file = tmp_path / "baseline.json"
+    write_baseline(baseline_of(read_results(collapsed)), file)
+    for baseline in (file, collapsed):
+        for run in (good, collapsed, worse):
+            status, text = gate(run, "--baseline", baseline)
+            assert status == 2
+            assert text.count("the baseline is of a model that had not learned its task") == 3
+    # Rules of their own need no baseline.
+    assert gate(good, "--baseline", file, "--min", "clean tvdi>=0.99")[0] == 1
+
+
+@pytest.mark.parametrize("clean", [0.3, 0.55, 0.62, 0.9])
+def test_of_a_baseline_it_is_known_as_of_its_run(tmp_path, clean):
+    results = read_results(make_run(tmp_path / "run", clean=clean, cases=1, tiles=3))
+    assert learned_nothing(baseline_of(results)) == nothing_learned(results.summary) == (clean < 0.6)
+
+
+@pytest.mark.parametrize(("reduction", "nothing"), [("mean", True), ("min", True), ("max", False)])
+def test_a_baselines_samples_are_correct_by_its_own_criterion(reduction, nothing):
+    """A class with a Dice of 0.9, one with 0.1, and one that does not occur."""
+    counts = np.array([[[90, 10, 10], [10, 90, 90], [0, 0, 0]]], float)
+    about = {"criterion": {"dice_threshold": 0.6, "dice_reduction": reduction}}
+    assert learned_nothing(Baseline(about, [("a", 0)], {UNTOUCHED: counts})) is nothing
+
+
 def test_a_broken_gate_does_not_replace_its_baseline(gate, good, tmp_path):
     file = tmp_path / "baseline.json"
     gate(good, "--write-baseline", file)
@@ -328,6 +372,20 @@ def test_a_gate_that_cannot_be_judged_leaves_no_green_file(gate, good, tmp_path)
     suite = ElementTree.parse(out / "junit.xml").getroot()
     assert int(suite.attrib["errors"]) == 1
     assert "cannot tell" in (out / "gate.md").read_text()
+
+
+@pytest.mark.parametrize(("interruption", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_gate_that_is_stopped_leaves_no_green_file(gate, good, tmp_path, monkeypatch, interruption, status):
+    def stop(*_: object) -> None:
+        raise interruption
+
+    out = tmp_path / "out"
+    assert gate(good, "--baseline", good, "-o", out)[0] == 0
+    assert {file.name for file in out.iterdir()} == {"gate.md", "junit.xml"}
+    (out / "mine.txt").touch()
+    monkeypatch.setattr("nnunet_ima.evaluation.gate.judge_trust", stop)
+    assert gate(good, "--baseline", good, "-o", out)[0] == status
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), RuntimeError("shapes"), OSError("no disk")])
@@ -386,6 +444,14 @@ def test_other_references_are_other_samples(gate, good, tmp_path):
 def test_intervals_of_samples_say_so(gate, tmp_path):
     few = make_run(tmp_path / "few", cases=2, tiles=40)
     assert "it is too narrow" in gate(few, "--min", "clean tvdi>=0.5")[1]
+
+
+@pytest.mark.parametrize(("before", "now", "narrow"), [(8, 9, 0), (2, 3, 2), (8, 2, 2), (2, 8, 2)])
+def test_a_change_with_an_interval_of_samples_on_either_side_says_so(gate, tmp_path, before, now, narrow):
+    baseline, run = (make_run(tmp_path / str(n), cases=n, attacked={"2": 0.8}, tiles=8) for n in (before, now))
+    text = gate(run, "--baseline", baseline)[1]
+    assert text.count("of other samples than the baseline's") == 2
+    assert text.count("it is too narrow") == narrow
 
 
 @given(st.lists(st.floats(-0.5, 0.5), min_size=3, max_size=3), st.floats(0, 0.3), st.booleans())
