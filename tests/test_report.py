@@ -389,6 +389,25 @@ def test_every_table_number_is_that_of_the_runs(page, runs):
             assert shown == pytest.approx([*wanted, sum(wanted) / 4], abs=0.051)
 
 
+def test_the_mean_of_clean_and_all_levels_has_an_interval_too(runs, page, tmp_path):
+    (setting, _) = settings_of([read_results(folder) for folder in runs])
+    (row,) = (row for row in numbers_of(page) if row["metric"] == "tvdi_mean_of_clean_and_levels"
+              and (row["norm"], row["model"], row["attack"]) == ("l2", "IMA", ATTACK))  # fmt: skip
+    ima = setting.runs[1]
+    interval = setting.mean_over_levels(ima, ATTACK)
+    assert interval.low < interval.value < interval.high
+    assert [float(row[end]) for end in ("value", "low", "high")] == list(interval)
+    # Each condition's own cases go up and down together, so the mean is about as sure as one of them.
+    keys = [UNTOUCHED, *((ATTACK, level) for level, _ in setting.levels)]
+    each = [setting.interval(ima, key) for key in keys]
+    assert interval.value == pytest.approx(np.mean([one.value for one in each]))
+    assert interval.high - interval.low == pytest.approx(np.mean([one.high - one.low for one in each]), rel=0.3)
+    (cell,) = (row[-1] for row in robustness_table(setting).rows if (row[0].text, row[1].text) == (ima.title, ATTACK))
+    assert cell.note == f"{100 * interval.low:.1f}–{100 * interval.high:.1f}"
+    tiny = one_setting(make_run(tmp_path / "tiny", cases=1, tiles=3))
+    assert robustness_table(tiny).rows[0][-1].note == ""
+
+
 def test_the_csv_is_one_table_with_each_number_in_a_cell_of_its_own(page, runs):
     rows = numbers_of(page)
     numbers = ("epsilon", "value", "low", "high", "p", "p_holm", "n")

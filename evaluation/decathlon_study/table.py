@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nnunet_ima.evaluation.decathlon_study.evaluations import PGD100
 from nnunet_ima.evaluation.markdown import escaped
-from nnunet_ima.evaluation.report.published import Published, published_rows
+from nnunet_ima.evaluation.report.published import Published, published_attack, published_rows
 from nnunet_ima.evaluation.summary import nothing_learned
 
 CLEAN, CLAMP, MEAN = "clean", "clamp only", "mean"
@@ -83,20 +82,14 @@ def rows_of(task: int, method: str, epsilon: float, summary: Mapping[str, Any]) 
 
 
 def published_row(dataset: str, protocol: str, norm: str, attack: str, method: str, epsilon: float) -> Published | None:
-    """What was published of a method under an attack like this one in the same protocol; None if nothing was."""
-    kind = _published_attack(protocol, attack)
+    """What was published of a method under an attack of this kind in the same protocol; None if nothing was."""
+    kind = published_attack(protocol, attack)
     if kind is None:
         return None
     # The earlier version names SAT by its ε.
     name = f"SAT{epsilon:g}" if kind == "PGD" and method == "SAT" else method
     rows = published_rows(dataset.partition("_")[2], kind, norm)
     return next((row for row in rows if row.method == name), None)
-
-
-def _published_attack(protocol: str, attack: str) -> str | None:
-    if protocol == "sound":
-        return "PGD" if attack == PGD100 else None
-    return {"autoattack": "AutoAttack", "white-noise": "WhiteNoise"}.get(attack.partition(":")[0])
 
 
 def _percent(share: float | None) -> float | None:

@@ -169,8 +169,7 @@ class Setting:
 
     def mean_interval(self, run: Results) -> Interval:
         """Of the same mean."""
-        tables = [run.samples[self.worst(run, text)] for text, _ in self.levels]
-        return tvdi_interval(np.stack([units(table.cases, table.counts)[1] for table in tables]))
+        return _mean_interval(run, [self.worst(run, text) for text, _ in self.levels])
 
     @cached_property
     def unit_resampled(self) -> str:
@@ -283,10 +282,10 @@ class Setting:
         counts = run.samples[key].by_case()[1]
         return class_scores(counts[..., 0], counts[..., 1], counts[..., 2])
 
-    def mean_over_levels(self, run: Results, attack: str) -> float:
-        """Mean TVDI over clean and all levels: Table 3's Avg."""
-        attacked = [tvdi(run, self.key(run, attack, level)) for level, _ in self.levels]
-        return nan_mean([tvdi(run, UNTOUCHED), *attacked])
+    @cache  # noqa: B019 (settings live as long as the report)
+    def mean_over_levels(self, run: Results, attack: str) -> Interval:
+        """Of the mean TVDI over clean and all levels: Table 3's Avg."""
+        return _mean_interval(run, [UNTOUCHED, *(self.key(run, attack, level) for level, _ in self.levels)])
 
     def _has(self, run: Results, attack: str) -> bool:
         return all(self._find(run, attack, level) is not None for level, _ in self.levels)
@@ -313,6 +312,12 @@ def settings_of(runs: Sequence[Results]) -> list[Setting]:
         protocol = mine[0].summary["protocol"]
         made.append(Setting(dataset, name, norm, patch, protocol["unit"], protocol["range"], mine))
     return made
+
+
+def _mean_interval(run: Results, keys: Sequence[Key]) -> Interval:
+    """Of the mean TVDI over conditions, each of the same cases in a resample."""
+    tables = [run.samples[key] for key in keys]
+    return tvdi_interval(np.stack([units(table.cases, table.counts)[1] for table in tables]))
 
 
 def _same_samples(runs: Sequence[Results]) -> bool:

@@ -116,7 +116,8 @@ def _of_run(setting: Setting, run: Results) -> Iterator[Figure]:
         yield from _cases(setting, run, key, about)
     for attack in setting.attacks:
         about = _about(setting, run, (attack, ""), NAN)
-        yield Figure(**about, metric="tvdi_mean_of_clean_and_levels", value=setting.mean_over_levels(run, attack))
+        value, low, high = setting.mean_over_levels(run, attack)
+        yield Figure(**about, metric="tvdi_mean_of_clean_and_levels", value=value, low=low, high=high)
 
 
 def _distance(about: Mapping[str, Any], found: Mapping[str, Any], metric: str) -> Iterator[Figure]:

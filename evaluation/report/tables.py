@@ -64,10 +64,10 @@ def robustness_table(setting: Setting) -> Table | None:
         conditions = [[key] * len(setting.runs) for _, key in starts]
         conditions += [[setting.key(run, attack, text) for run in setting.runs] for text, _ in setting.levels]
         for keys in conditions:
-            intervals = [setting.interval(run, key) for run, key in zip(setting.runs, keys, strict=True)]
-            columns.append(_marked(setting, [_dice(one.value, one.low, one.high) for one in intervals]))
-        columns.append(_marked(setting, [_dice(setting.mean_over_levels(run, attack)) for run in setting.runs]))
-        for run, *cells in zip(setting.runs, *columns, strict=True):
+            columns.append([setting.interval(run, key) for run, key in zip(setting.runs, keys, strict=True)])
+        columns.append([setting.mean_over_levels(run, attack) for run in setting.runs])
+        marked = [_marked(setting, [_dice(*one) for one in intervals]) for intervals in columns]
+        for run, *cells in zip(setting.runs, *marked, strict=True):
             rows.append([Cell(run.title), Cell(attack), *cells])
     note = (
         f"TVDI in %, with 95 % intervals (bootstrap over {setting.unit_resampled}; they say what other scans would "
