@@ -14,10 +14,19 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.ensembles import points_for_tvdi
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.identity import digest, read_run, refuse_different, write_identity
-from nnunet_ima.evaluation.outcomes import CLAMP, CLEAN, Condition, Outcome, SampleScore, lost_most, unperturbed
+from nnunet_ima.evaluation.outcomes import (
+    CLAMP,
+    CLEAN,
+    Condition,
+    Outcome,
+    SampleKey,
+    SampleScore,
+    lost_most,
+    unperturbed,
+)
 from nnunet_ima.evaluation.pictures import draw_dice_against_level, draw_worst
 from nnunet_ima.evaluation.protocols import parse_level
-from nnunet_ima.evaluation.records import RECORDS, Records, part_folders
+from nnunet_ima.evaluation.records import RECORDS, Records, options_of, part_folders
 from nnunet_ima.evaluation.summary import summarise, write_all
 from nnunet_ima.files import remove_leftovers
 
@@ -116,23 +125,33 @@ def _refuse_incomplete(
         )
     for part in parts:
         for condition in conditions:
-            wanted = {(case, tile) for case, tiles in part.planned.items() for tile in tiles}
-            left = wanted.difference(*(other.samples[condition] for other in parts))
+            left = _planned([part]).difference(*(other.samples[condition] for other in parts))
             cases = part.complete_cases.difference(*(other.cases[condition] for other in parts))
             if identity.get("end to end") and condition.level is not None:
                 cases |= part.complete_cases.difference(*(other.end_to_end[condition] for other in parts))
             if left or (cases and identity["case level"]):
                 what = f"{len(left)} samples" if left else f"{len(cases)} cases"
-                raise UserError(
-                    f"{part.folder} is not complete: {what} under {condition} are missing; start that part again, it "
-                    f"goes on where it stopped."
-                )
-    if all(part.findings is None for part in parts if any(part.planned.values())):
-        raise UserError(f"{folder} is not complete: the checks of the network are missing; start a part again.")
+                raise UserError(_not_complete(part, f"{what} under {condition}"))
+    checked = [part for part in parts if part.findings is not None]
+    for part in parts:
+        # The last thing that a part does. A copy of it may have been taken before.
+        if part.findings is None and _planned([part]) - _planned(checked):
+            raise UserError(_not_complete(part, "the checks of the network"))
+
+
+def _not_complete(part: Records, what: str) -> str:
+    return (
+        f"{part.folder} is not complete: {what} are missing; start that part again ({options_of(part.folder)}), it "
+        f"goes on where it stopped."
+    )
+
+
+def _planned(parts: Sequence[Records]) -> set[SampleKey]:
+    return {SampleKey(case, tile) for part in parts for case, tiles in part.planned.items() for tile in tiles}
 
 
 def _join(condition: Condition, parts: Sequence[Records]) -> Outcome:
-    planned = {(case, tile) for part in parts for case, tiles in part.planned.items() for tile in tiles}
+    planned = _planned(parts)
     complete = {case for part in parts for case in part.complete_cases}
     scores = {key: score for part in parts for key, score in part.samples[condition].items() if key in planned}
     cases = {name: score for part in parts for name, score in part.cases[condition].items() if name in complete}

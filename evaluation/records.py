@@ -47,6 +47,12 @@ def part_folders(run: Path) -> list[Path]:
     return sorted(folder for folder in (run / RECORDS).glob("part_*_of_*") if folder.is_dir())
 
 
+def options_of(part: Path) -> str:
+    """Of ``nnunet_ima evaluate``, to run a part, or the one that it is a copy of: ``-num_parts 2 -part_id 1``."""
+    _, part_id, _, num_parts, *_ = part.name.split("_")
+    return f"-num_parts {num_parts} -part_id {part_id}"
+
+
 def runs_noted(part: Path) -> set[str] | None:
     """Digests of the runs that a part's records say they belong to; None if it holds no record that is whole."""
     records = list(_journal_of(part).read())

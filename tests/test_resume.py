@@ -482,6 +482,51 @@ def test_what_is_missing_is_named(std_2d, tmp_path, capsys):
         )
 
 
+def stopped_in_its_checks(model: Path, output: Path, *part: str) -> None:
+    """The last thing that a part does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "check_network", interrupt)
+        patch.setattr("nnunet_ima.evaluation.evaluate._use_all_cores", lambda _: None)
+        evaluate(model, output, *part, status=130)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_part_that_was_stopped_in_its_checks_is_not_merged(std_2d, in_peace, tmp_path, capsys, apart):
+    """All its samples are there, and another part has checked the network with its own."""
+    one, other = (tmp_path / (name if apart else "run") for name in ("one", "other"))
+    merging = ("--merge", *([str(one), str(other)] if apart else []), "-o", str(tmp_path / "run"))
+    evaluate(std_2d, one, "-num_parts", "2", "-part_id", "0")
+    stopped_in_its_checks(std_2d, other, "-num_parts", "2", "-part_id", "1")
+    answer = sentence(capsys, *merging)
+    assert "part_1_of_2" in answer
+    assert "checks of the network are missing; start that part again (-num_parts 2 -part_id 1)" in answer
+    assert not (tmp_path / "run" / "summary.json").exists()
+    evaluate(std_2d, other, "-num_parts", "2", "-part_id", "1")
+    with quiet():
+        assert main(["evaluate", *merging]) == 0
+    assert tables(tmp_path / "run") == tables(in_peace)
+
+
+def test_a_copy_of_a_part_from_before_its_checks_is_merged_beside_the_whole_one(std_2d, in_peace, tmp_path):
+    early, late = tmp_path / "early", tmp_path / "late"
+    stopped_in_its_checks(std_2d, early)
+    shutil.copytree(early, late)
+    evaluate(std_2d, late)
+    joined = tmp_path / "joined"
+    (joined / "records").mkdir(parents=True)
+    shutil.copyfile(late / "run.json", joined / "run.json")
+    for number, folder in enumerate((early, late)):
+        shutil.copytree(*part_folders(folder), joined / "records" / f"part_0_of_1_{number}")
+    with quiet():
+        assert main(["evaluate", "--merge", "-o", str(joined)]) == 0
+    assert tables(joined) == tables(in_peace)
+    assert read(joined / "summary.json")["trust"] == read(in_peace / "summary.json")["trust"]
+
+
 # ---- ensembles
 
 
