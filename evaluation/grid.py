@@ -23,6 +23,7 @@ from nnunet_ima.evaluation.configure import PlannedDataset, in_force, settings_o
 from nnunet_ima.evaluation.environment import nnunet_folder, trainers_folder
 from nnunet_ima.evaluation.models import Fold, read_json
 from nnunet_ima.evaluation.protocols import parse_level
+from nnunet_ima.evaluation.results import read_if_whole
 from nnunet_ima.evaluation.steps import Steps, resume_options
 from nnunet_ima.files import atomic_path, write_text
 from nnunet_ima.lp import Norm
@@ -108,17 +109,17 @@ class Grid:
         """What all parts have finished so far, in the order of the points."""
         scores = []
         for point in self.points:
-            file = self.output / point.name / "summary.json"
-            summary = read_json(file) if file.is_file() else {}
-            if self._is_this(summary, point):
+            summary = self._finished(point)
+            if summary is not None:
                 clean, robust = summary["clean"]["tvdi"], summary["results"][0]["tvdi"]
                 notes = (summary["trained_on_these_cases"], summary["started_from_unknown_weights"])
                 scores.append(Score(point, float(clean), float(robust), *map(bool, notes)))
         return scores
 
-    def _is_this(self, summary: Mapping[str, Any], point: Point) -> bool:
-        """Whether a result is of this grid: a folder may hold those of other trainers, attacks or levels."""
-        return bool(summary.get("command") == shlex.join(self._evaluation(point)))
+    def _finished(self, point: Point) -> Mapping[str, Any] | None:
+        """A result that is whole and of this grid: a folder may hold those of other trainers, attacks or levels."""
+        summary = read_if_whole(self.output / point.name) or {}
+        return summary if summary.get("command") == shlex.join(self._evaluation(point)) else None
 
     def report(self, scores: Sequence[Score]) -> str:
         """Write grid.csv and grid.png; returns a table for people."""
@@ -181,8 +182,7 @@ class Grid:
         steps.run(f"train_{point.name}", command, "Epoch ")
 
     def _attack(self, steps: Steps, point: Point) -> None:
-        file = self.output / point.name / "summary.json"
-        if not (file.is_file() and self._is_this(read_json(file), point)):
+        if self._finished(point) is None:
             steps.run(f"evaluate_{point.name}", self._evaluation(point))
 
     def _evaluation(self, point: Point) -> list[str]:

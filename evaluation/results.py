@@ -137,6 +137,14 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return read_sealed(folder / "summary.json", SCHEMA, f"finish or repeat it: {ADVICE} -o {folder}")
 
 
+def read_if_whole(folder: Path) -> dict[str, Any] | None:
+    """What summary.json says; None where it is to be written again: missing, damaged, or changed since."""
+    try:
+        return read_summary(folder)
+    except UserError:
+        return None
+
+
 def _title(summary: Mapping[str, Any]) -> str:
     model = summary["model"]
     return f"{model['trainer']} {model['dataset']} {model['configuration']} fold {model['fold']}"

@@ -23,6 +23,7 @@ from nnunet_ima.evaluation.evaluate import Request, evaluate, read_fold
 from nnunet_ima.evaluation.identity import read_run
 from nnunet_ima.evaluation.models import load_model, read_json
 from nnunet_ima.evaluation.protocols import parse_level
+from nnunet_ima.evaluation.results import read_if_whole, read_summary
 from nnunet_ima.files import atomic_path, write_text
 from nnunet_ima.settings import KEY
 
@@ -75,13 +76,12 @@ def select(request: Request, max_clean_drop: float, reference: Path | None) -> t
         raise UserError(f"{fold} holds no snapshot and no final checkpoint; train with nnUNetTrainerIMA first.")
     _check(request, reference)
     output = request.output or fold / "nnunet_ima" / "selection"
-    request = replace(request, command=f"{MINE} {_way(request)}")
-    # One folder for each way of measuring, so that another one costs none of what was found.
-    measurements = output / hashlib.sha256(request.command.encode()).hexdigest()[:8]
     aim = -math.inf
     if reference is not None:
-        aim = _measure(replace(request, model=reference, checkpoint=FINAL, output=measurements / "reference")).clean
-    measured = [_measure(replace(request, checkpoint=file.name, output=measurements / file.stem)) for file in files]
+        theirs = replace(request, model=reference, checkpoint=FINAL)
+        # Stock models of several seeds, say, bear one name.
+        aim = _measure(_in_its_place(theirs, output, f"reference_{_digest(_checkpoint_of(theirs))[:8]}")).clean
+    measured = [_measure(_in_its_place(replace(request, checkpoint=file.name), output, file.stem)) for file in files]
     measured.sort(key=lambda candidate: (candidate.epoch, candidate.checkpoint))
     if reference is None:
         aim = max(candidate.clean for candidate in measured)
@@ -117,22 +117,20 @@ def _check(request: Request, reference: Path | None) -> None:
 def _measure(request: Request) -> Candidate:
     """Clean and attacked TVDI; what the same program measured before of the same file in the same way is read."""
     assert request.output is not None
-    checkpoint = _model_of(request) / f"fold_{request.fold}" / request.checkpoint
-    folder = request.output
+    checkpoint, folder = _checkpoint_of(request), request.output
     begun: Mapping[str, Any] = {}
     with contextlib.suppress(UserError):  # missing, or damaged: evaluate writes it anew, or says what is the matter
         begun = read_run(folder)["head"]
-    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else ""
-    same = begun.get("command") == request.command and begun["model"]["sha256"] == digest
+    same = begun.get("command") == request.command and begun["model"]["sha256"] == _digest(checkpoint)
     # Candidates are compared with each other, so all are measured by one program.
     same = same and begun["versions"] == versions()
     if not same and str(begun.get("command", "")).startswith(MINE):
         shutil.rmtree(folder)  # of a file or program that is no more; anybody else's is refused by evaluate
-    file = folder / "summary.json"
-    if not same or not file.is_file():
+    summary = read_if_whole(folder) if same else None
+    if summary is None:
         print(f"{folder.name}:", flush=True)
         evaluate(request)
-    summary = read_json(file)
+        summary = read_summary(folder)
     content = safe_load(checkpoint)
     ours = content["init_args"].get(KEY, {})
     margin = ours.get("largest_margin") if isinstance(ours, Mapping) else None
@@ -146,10 +144,30 @@ def _measure(request: Request) -> Candidate:
     )
 
 
+def _in_its_place(request: Request, output: Path, name: str) -> Request:
+    """One folder for each way of measuring, so that another one costs none of what was found."""
+    command = f"{MINE} {_way(request)}"
+    return replace(request, command=command, output=output / hashlib.sha256(command.encode()).hexdigest()[:8] / name)
+
+
 def _way(request: Request) -> tuple[Any, ...]:
-    """How a candidate is measured. Not the command as typed: another budget for clean Dice changes no measurement."""
+    """What is measured, and how. Not the command as typed: another budget for clean Dice changes no measurement.
+
+    Models are told apart as nnU-Net does, by the names of their folder and of the data set's, so that nothing is
+    measured again where all results were moved.
+    """
+    dataset, model = _model_of(request).resolve().parts[-2:]
     seeds = (request.seed, request.samples_seed)
-    return (request.attacks, request.norm, request.levels, request.max_samples, *seeds, request.device)
+    measured = (dataset, model, request.fold)
+    return (*measured, request.attacks, request.norm, request.levels, request.max_samples, *seeds, request.device)
+
+
+def _checkpoint_of(request: Request) -> Path:
+    return _model_of(request) / f"fold_{request.fold}" / request.checkpoint
+
+
+def _digest(checkpoint: Path) -> str:
+    return hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else ""
 
 
 def _model_of(request: Request) -> Path:

@@ -18,6 +18,9 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.configure import PlannedDataset, find_planned
 from nnunet_ima.evaluation.grid import Grid, Point, Score, draw, points_of
+from nnunet_ima.evaluation.identity import sealed
+from nnunet_ima.evaluation.steps import Steps
+from nnunet_ima.evaluation.summary import SCHEMA
 
 values = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 
@@ -126,10 +129,35 @@ def test_results_of_another_attack_or_trainer_are_not_of_this_grid(project, tmp_
         command = shlex.join(replace(grid, level=level)._evaluation(point))
         figures = {"clean": {"tvdi": 0.8}, "results": [{"tvdi": 0.5}], "trained_on_these_cases": True}
         figures["started_from_unknown_weights"] = False
-        summary = {"command": command, **figures}
+        summary = sealed({"schema": SCHEMA, "command": command, **figures})
         write(tmp_path / point.name / "summary.json", summary)
     assert grid.collect() == [Score(points[0], 0.8, 0.5, trained_on_these_cases=True)]
     assert replace(grid, trainer="nnUNetTrainerIMA_50epochs").collect() == []
+
+
+@pytest.mark.parametrize("what", ["as it was", "edited", "cut", "no table"])
+def test_a_result_that_was_edited_or_damaged_is_made_again_and_not_believed(project, tmp_path, monkeypatch, what):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    (tmp_path / "results").mkdir()
+    point = Point(5, 1)
+    grid = grid_of([point], tmp_path)
+    file = tmp_path / point.name / "summary.json"
+    file.parent.mkdir()
+    figures = {"clean": {"tvdi": 0.8}, "results": [{"tvdi": 0.5}], "trained_on_these_cases": False}
+    command = shlex.join(grid._evaluation(point))
+    summary = sealed({"schema": SCHEMA, "command": command, **figures, "started_from_unknown_weights": False})
+    write(file, {**summary, "results": [{"tvdi": 0.9}]} if what == "edited" else summary)
+    if what == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    if what == "no table":
+        file.write_text("[]", encoding="utf-8")
+    steps = Steps(tmp_path / "logs", {})
+    ran: list[str] = []
+    monkeypatch.setattr(steps, "run", lambda step, _: ran.append(step))
+    grid._attack(steps, point)
+    whole = what == "as it was"
+    assert grid.collect() == ([Score(point, 0.8, 0.5)] if whole else [])
+    assert ran == ([] if whole else ["evaluate_e5_d1"])
 
 
 def test_the_grids_plans_follow_the_users(project, tmp_path):

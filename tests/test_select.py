@@ -49,6 +49,18 @@ def run(*arguments: str) -> int:
         return main(["select", *arguments])
 
 
+@pytest.fixture(scope="module")
+def selected(hardened, tmp_path_factory) -> Path:
+    """What a selection wrote. It may be copied, to go on from there."""
+    folder = tmp_path_factory.mktemp("selected") / "out"
+    assert run("-m", str(hardened), "-o", str(folder), "--max-clean-drop", "100", *ATTACK) == 0
+    return folder
+
+
+def never(*_: object) -> None:
+    raise AssertionError
+
+
 def test_select_measures_chooses_draws_and_copies(hardened, tmp_path, capsys):
     assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 0
     selection = read(tmp_path / "selection.json")
@@ -72,9 +84,6 @@ def test_what_was_measured_is_not_measured_again(hardened, tmp_path, monkeypatch
     other = tmp_path.with_name("other")
     shutil.copytree(tmp_path, other)
 
-    def never(*_: object) -> None:
-        raise AssertionError
-
     with monkeypatch.context() as patch:
         patch.setattr(module, "evaluate", never)
         assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "99", *ATTACK) == 0
@@ -92,9 +101,6 @@ def test_another_way_of_measuring_costs_nothing_that_was_found(hardened, tmp_pat
     for way in ways:
         assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK, *way) == 0
 
-    def never(*_: object) -> None:
-        raise AssertionError
-
     monkeypatch.setattr(module, "evaluate", never)
     for way in ways:
         assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK, *way) == 0
@@ -104,10 +110,7 @@ def test_a_file_that_changed_is_measured_again(hardened, tmp_path):
     model = tmp_path / hardened.name
     shutil.copytree(hardened, model)
     assert run("-m", str(model), "-o", str(tmp_path / "out"), "--max-clean-drop", "100", *ATTACK) == 0
-    final = model / "fold_0" / "checkpoint_final.pth"
-    checkpoint = torch.load(final, weights_only=False)
-    checkpoint["network_weights"] = {k: 0 * v for k, v in checkpoint["network_weights"].items()}
-    torch.save(checkpoint, final)
+    spoil(model / "fold_0" / "checkpoint_final.pth")
     before = by_name(tmp_path)["checkpoint_final.pth"]
     assert run("-m", str(model), "-o", str(tmp_path / "out"), "--max-clean-drop", "100", *ATTACK) == 0
     assert by_name(tmp_path)["checkpoint_final.pth"] != before
@@ -116,6 +119,73 @@ def test_a_file_that_changed_is_measured_again(hardened, tmp_path):
 def by_name(folder: Path) -> dict[str, tuple[float, float]]:
     candidates = read(folder / "out" / "selection.json")["candidates"]
     return {c["checkpoint"]: (c["clean"], c["robust"]) for c in candidates}
+
+
+@pytest.mark.parametrize("how", ["edited", "cut", "no table"])
+def test_a_measurement_that_was_edited_or_damaged_is_neither_believed_nor_attacked_again(
+    hardened, selected, tmp_path, monkeypatch, how
+):
+    output = tmp_path / "out"
+    shutil.copytree(selected, output)
+    chosen = read(output / "selection.json")["selected"]
+    (file, *_) = [file for file in output.glob("*/*/summary.json") if f"{file.parent.name}.pth" != chosen]
+    summary = read(file)
+    summary["results"][0]["tvdi"] = summary["clean"]["tvdi"] = 0.999
+    content = json.dumps(summary)
+    file.write_text({"edited": content, "cut": content[:-9], "no table": "[]"}[how], encoding="utf-8")
+    monkeypatch.setattr("nnunet_ima.attacks.attack.Attack.__call__", None)
+    assert run("-m", str(hardened), "-o", str(output), "--max-clean-drop", "100", *ATTACK) == 0
+    for name in ("selection.json", "table.md"):
+        assert (output / name).read_bytes() == (selected / name).read_bytes()
+
+
+def test_another_fold_or_model_in_the_same_folder_is_measured_and_costs_nothing_that_was_found(
+    hardened, tmp_path, monkeypatch
+):
+    """Of the other fold the weights are the same: only its cases differ."""
+    model, other = tmp_path / hardened.name, tmp_path / "other"
+    for folder in (model, other):
+        shutil.copytree(hardened, folder)
+    shutil.copytree(model / "fold_0", model / "fold_1")
+    for file in (other / "fold_0").glob("*.pth"):
+        spoil(file)
+    asked = [("-m", str(model)), ("-m", str(model), "-f", "1"), ("-m", str(other))]
+    known = ("-o", str(tmp_path / "out"), "--max-clean-drop", "100", *ATTACK)
+    found = []
+    for model_and_fold in asked:
+        assert run(*model_and_fold, *known) == 0
+        found.append(by_name(tmp_path))
+    assert found[0] != found[1] != found[2] != found[0]
+    monkeypatch.setattr(module, "evaluate", never)
+    for model_and_fold, wanted in zip(asked, found, strict=True):
+        assert run(*model_and_fold, *known) == 0
+        assert by_name(tmp_path) == wanted
+
+
+def test_another_reference_costs_nothing_that_was_found_of_the_first(hardened, selected, std_2d, tmp_path, monkeypatch):
+    """Both have one name, as trainings of two seeds have."""
+    other = tmp_path / "other" / std_2d.parent.name / std_2d.name
+    shutil.copytree(std_2d, other)
+    spoil(other / "fold_0" / "checkpoint_final.pth")
+    output = tmp_path / "out"
+    shutil.copytree(selected, output)
+    known = ("-m", str(hardened), "-o", str(output), "--max-clean-drop", "100", *ATTACK)
+    aims = []
+    for reference in (std_2d, other):
+        assert run(*known, "--reference", str(reference)) == 0
+        aims.append(read(output / "selection.json")["clean_aim"])
+    assert aims[0] != aims[1]
+    monkeypatch.setattr(module, "evaluate", never)
+    for reference, aim in zip((std_2d, other), aims, strict=True):
+        assert run(*known, "--reference", str(reference)) == 0
+        assert read(output / "selection.json")["clean_aim"] == aim
+
+
+def spoil(file: Path) -> None:
+    """Of a checkpoint the weights."""
+    checkpoint = torch.load(file, weights_only=False)
+    checkpoint["network_weights"] = {name: 0 * value for name, value in checkpoint["network_weights"].items()}
+    torch.save(checkpoint, file)
 
 
 scores = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6)
@@ -179,9 +249,6 @@ def test_what_cannot_be_done_ends_with_a_sentence(hardened, tmp_path, capsys, ar
 def test_what_cannot_be_measured_is_found_out_before_anything_is_measured_or_removed(hardened, tmp_path, monkeypatch):
     assert run("-m", str(hardened), "-o", str(tmp_path), "--max-clean-drop", "100", *ATTACK) == 0
     before = sorted(tmp_path.rglob("*"))
-
-    def never(*_: object) -> None:
-        raise AssertionError
 
     monkeypatch.setattr(module, "evaluate", never)
     assert run("-m", str(hardened), "-o", str(tmp_path), *ATTACK, "--attack", "apdg") == 2
