@@ -312,9 +312,7 @@ def _at_work_alone(output: Path) -> Iterator[None]:
         UserError: another process is writing into it.
     """
     was_there = output.is_dir()
-    refusal = (
-        f"Another process is writing perturbed scans to {output}; wait until it has ended, or give another folder."
-    )
+    refusal = f"Another process is writing perturbed scans to {output}; wait until it has ended, or give another folder"
     with alone(output / LOCK, refusal):
         try:
             yield

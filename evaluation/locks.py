@@ -12,23 +12,27 @@ from nnunet_ima.errors import UserError
 
 
 @contextmanager
-def alone(file: Path, refusal: str) -> Iterator[None]:
+def alone(file: Path, refusal: str, patience: float = 0) -> Iterator[None]:
     """Hold a lock; another process, or thread, that asks for it meanwhile is refused.
 
+    Where the file system has ``flock``, the system lets go of the lock when the process ends, however that ends; the
+    file stays, as removing it would let two in. Where it has none, the file itself is the lock, and filelock says so in
+    a warning: it goes with the process, but after a kill it may stay, until somebody removes it.
+
     Args:
-        file: the lock; its folder is made. It stays, as removing it would let two in; the system lets go of it when the
-            process ends, however that ends.
-        refusal: a sentence.
+        file: the lock; its folder is made.
+        refusal: a sentence without its full stop. When the file may be removed is added.
+        patience: seconds to wait for whoever holds it.
 
     Raises:
         UserError: somebody else holds it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(file, timeout=0)
+    lock = filelock.FileLock(file, timeout=patience)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(refusal) from None
+        raise UserError(f"{refusal}; if no such process is left on any machine, remove {file}.") from None
     try:
         yield
     finally:

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from nnunet_ima.attacks import Finding
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.ensembles import points_for_tvdi
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.identity import digest, read_run, refuse_different, write_identity
+from nnunet_ima.evaluation.locks import alone
 from nnunet_ima.evaluation.outcomes import (
     CLAMP,
     CLEAN,
@@ -31,6 +30,8 @@ from nnunet_ima.evaluation.summary import summarise, write_all
 from nnunet_ima.files import remove_leftovers
 
 NAMED = 3
+# In seconds. Tables and pictures take far less.
+PATIENCE = 300.0
 
 
 def gather(folders: Sequence[Path], output: Path) -> None:
@@ -70,7 +71,7 @@ def merge(folder: Path) -> dict[str, Any]:
         The content of summary.json.
 
     Raises:
-        UserError: something is missing; it is said what.
+        UserError: something is missing; it is said what. Or another process is at it, and does not end.
     """
     run = read_run(folder)
     conditions = conditions_of(run["identity"])
@@ -85,8 +86,12 @@ def merge(folder: Path) -> dict[str, Any]:
         outcome.points = points_for_tvdi(outcome, start)
     chunks = [part.smallest_chunk for part in parts if part.smallest_chunk is not None]
     summary = summarise(run["head"], outcomes, min(chunks, default=None))
+    refusal = (
+        f"Another process has been writing the tables of {folder} for {PATIENCE / 60:g} minutes; wait until it has "
+        f"ended, and start again"
+    )
     # Merges wait for each other: only then is what lies half written in the folder a killed process's.
-    with filelock.FileLock(folder / RECORDS / "merge.lock"):
+    with alone(folder / RECORDS / "merge.lock", refusal, PATIENCE):
         remove_leftovers(folder)
         _write(folder, outcomes, summary)
     return summary

@@ -101,7 +101,7 @@ class Records:
             UserError: another one does.
         """
         refusal = (
-            f"Another process is at work on {self.folder}; wait for it, or give each machine a -part_id of its own."
+            f"Another process is at work on {self.folder}; wait for it, or give each machine a -part_id of its own"
         )
         with alone(self.folder / "lock", refusal), self._begun():
             yield

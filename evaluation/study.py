@@ -122,7 +122,7 @@ class Study:
             evaluations: which of them.
             output: where the page goes.
             methods: of these only.
-            note: shown on top.
+            note: shown after what the figures say.
             left_out: folders of results that are not to be shown.
         """
         pipeline = self.pipeline()
@@ -147,7 +147,7 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     Raises:
         UserError: somebody else holds it.
     """
-    refusal = f"Another study is at work on {what}; wait until it has ended, or give another output folder."
+    refusal = f"Another study is at work on {what}; wait until it has ended, or give another output folder"
     with alone(folder / LOCK, refusal):
         yield
 

@@ -33,6 +33,7 @@ from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.examples import load_example
 from nnunet_ima.evaluation.identity import differences, digest, sealed
 from nnunet_ima.evaluation.journal import Journal
+from nnunet_ima.evaluation.locks import alone
 from nnunet_ima.evaluation.merge import conditions_of, merge
 from nnunet_ima.evaluation.models import TrainedModel, load_model
 from nnunet_ima.evaluation.progress import Progress
@@ -215,6 +216,20 @@ def test_merges_of_one_folder_wait_for_each_other(in_peace, tmp_path, monkeypatc
     monkeypatch.setattr("nnunet_ima.evaluation.merge.remove_leftovers", another_has_to_wait)
     merge(output)
     assert seen == [output]
+
+
+def test_a_merge_does_not_wait_for_ever_for_another_one(in_peace, tmp_path, monkeypatch, capsys):
+    """Where there are no locks of the file system, that of a killed process stays."""
+    output = tmp_path / "run"
+    shutil.copytree(in_peace, output)
+    lock = output / "records" / "merge.lock"
+    monkeypatch.setattr("nnunet_ima.evaluation.merge.PATIENCE", 0.2)
+    with alone(lock, "never"):
+        answer = sentence(capsys, "--merge", "-o", str(output))
+    assert f"writing the tables of {output}" in answer
+    assert answer.endswith(f"remove {lock}.")
+    with quiet():
+        assert main(["evaluate", "--merge", "-o", str(output)]) == 0
 
 
 def test_what_is_done_is_not_attacked_again(std_2d, in_peace, tmp_path, monkeypatch):
