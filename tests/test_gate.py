@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -374,7 +375,7 @@ def test_a_gate_that_cannot_be_judged_leaves_no_green_file(gate, good, tmp_path)
     assert "cannot tell" in (out / "gate.md").read_text()
 
 
-@pytest.mark.parametrize(("interruption", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+@pytest.mark.parametrize(("interruption", "status"), [(KeyboardInterrupt(), 130), (Terminated(signal.SIGTERM), 143)])
 def test_a_gate_that_is_stopped_leaves_no_green_file(gate, good, tmp_path, monkeypatch, interruption, status):
     def stop(*_: object) -> None:
         raise interruption
