@@ -19,13 +19,15 @@ from nnunet_ima.evaluation.ending import SIGNALS, ended_in_order
 # training does, has a process of its own.
 COMMAND = ["bash", "-c", 'sleep 600 & echo $! > "$0"; wait']
 PROGRAM = """
-import json, os, sys
+import json, os, signal, sys
 from functools import partial
 from pathlib import Path
 from nnunet_ima.evaluation.ending import ended_in_order
 from nnunet_ima.evaluation.steps import Steps
 from nnunet_ima.evaluation.study import run_jobs
 
+# Whoever runs the tests may have been started under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 steps, command = [], json.loads(os.environ["COMMAND"])
 for name in sys.argv[2:]:
     (Path(sys.argv[1]) / name).mkdir()
@@ -89,13 +91,16 @@ def test_the_command_says_that_it_was_stopped_and_by_what(monkeypatch, capsys, n
         time.sleep(30)
         return 0
 
-    before = signal.getsignal(number)
+    earlier = signal.signal(number, signal.SIG_DFL)
     options = command_line.read_arguments(["trainers"])
     options.run = run
     monkeypatch.setattr(command_line, "read_arguments", lambda _: options)
-    assert command_line.main([]) == 128 + number
+    try:
+        assert command_line.main([]) == 128 + number
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, earlier)
     assert capsys.readouterr().err == "nnunet_ima: stopped.\n"
-    assert signal.getsignal(number) is before
 
 
 def test_under_nohup_a_closed_terminal_ends_nothing():
