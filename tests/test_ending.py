@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -113,16 +114,51 @@ def test_under_nohup_a_closed_terminal_ends_nothing():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_forked_processes_are_ended_at_once():
+def test_forked_processes_are_ended_at_once_whenever_the_signal_comes():
+    """Pools end their workers so, some right after they were forked, and wait for them."""
+    with ended_in_order():
+        for turn in range(300):
+            reads, writes = os.pipe()
+            child = os.fork()
+            if child == 0:
+                try:
+                    os.read(reads, 1)
+                finally:
+                    os._exit(3)
+            time.sleep(turn % 30 * 1e-4)
+            os.kill(child, signal.SIGTERM)
+            ended: list[int] = []
+
+            def is_ended(child: int = child, ended: list[int] = ended) -> bool:
+                ended[:] = os.waitpid(child, os.WNOHANG)
+                return ended[0] == child
+
+            try:
+                wait_for(is_ended, 20)
+            except AssertionError:
+                os.kill(child, signal.SIGKILL)
+                raise
+            finally:
+                os.close(reads)
+                os.close(writes)
+            assert os.WIFSIGNALED(ended[1])
+            assert os.WTERMSIG(ended[1]) == signal.SIGTERM
+
+
+def test_forked_processes_have_the_signals_as_they_are_by_default():
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with ended_in_order():
         child = os.fork()
         if child == 0:
-            try:
-                time.sleep(60)
-            finally:
-                os._exit(3)
-        time.sleep(0.2)
-        os.kill(child, signal.SIGTERM)
-        _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGTERM
+            default = all(signal.getsignal(number) is signal.SIG_DFL for number in SIGNALS)
+            os._exit(0 if default and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask else 3)
+        assert os.waitpid(child, 0)[1] == 0
+        assert all(signal.getsignal(number) is not signal.SIG_DFL for number in SIGNALS)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+
+
+def test_pools_of_forked_workers_end():
+    with ended_in_order():
+        for _ in range(20):
+            with multiprocessing.get_context("fork").Pool(4) as pool:
+                assert pool.map(abs, range(-8, 0)) == list(range(8, 0, -1))
