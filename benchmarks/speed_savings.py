@@ -49,7 +49,7 @@ def _channels_last(trainer: Any) -> None:
 
 
 class _Momentum:
-    """An oracle whose gradients are sums over the steps so far, of unit norm each (MI-FGSM, arXiv 1710.06081)."""
+    """An oracle whose gradients are sums over the steps so far, as in MI-FGSM (arXiv 1710.06081), but of L2 norm 1."""
 
     def __init__(self, oracle: Oracle) -> None:
         self._oracle = oracle

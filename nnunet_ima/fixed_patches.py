@@ -23,7 +23,7 @@ class FixedPatches(NamedTuple):
     Attributes:
         images: (n, C, *patch).
         targets: as the loader gives them.
-        outside: (n, 1, *patch) of bool: background that was cropped away where possible, and padding.
+        outside: (n, 1, *patch) of bool: what nnU-Net's cropping found to be empty, and padding.
     """
 
     images: Tensor
@@ -41,7 +41,7 @@ def fixed_patches(loader: nnUNetDataLoader, count: int, ignore_label: int | None
         seed: another seed chooses other patches.
 
     Returns:
-        None (n is 0) if no case holds any foreground.
+        The patches; n is 0 if no case holds any foreground.
     """
     cases = sorted(map(str, loader.indices))
     random.Random(seed).shuffle(cases)

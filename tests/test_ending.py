@@ -117,7 +117,7 @@ def test_under_nohup_a_closed_terminal_ends_nothing():
 def test_forked_processes_are_ended_at_once_whenever_the_signal_comes():
     """Pools end their workers so, some right after they were forked, and wait for them."""
     with ended_in_order():
-        for turn in range(300):
+        for turn in range(100):
             reads, writes = os.pipe()
             child = os.fork()
             if child == 0:
