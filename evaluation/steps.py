@@ -140,8 +140,8 @@ def _refuse_if_alive(running: Path) -> None:
     except PermissionError:
         pass
     raise UserError(
-        f"Process {process} is still at work in this folder; wait for it or stop it, or, if that number belongs to "
-        f"something else by now, remove {running}."
+        f"Process {process} is still at work in this folder; wait for it or stop it (kill -- -{process}), or, if that "
+        f"number belongs to something else by now, remove {running}."
     )
 
 

@@ -40,18 +40,31 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def kill_in_training(root: Path, trainer: str) -> None:
-    """Start the study, and kill it with all it started once a training of the first task has written a checkpoint."""
-    checkpoint = f"out/Task02/nnUNet_results/*/{trainer}__*/fold_0/checkpoint_latest.pth"
-    with (root / "first.log").open("w") as stream:
-        process = subprocess.Popen(
-            the_command(root), stdout=stream, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
-        )
-        while not list(root.glob(checkpoint)):
-            assert process.poll() is None, (root / "first.log").read_text()[-3000:]
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def kill_in_training(root: Path, method: str) -> None:
+    """Start the study, and kill it once a training of the first task has written a checkpoint.
+
+    Nothing tells the training so. As long as it is there, nobody else goes on with it; then it is killed, too.
+    """
+    checkpoint = f"out/Task02/nnUNet_results/*/nnUNetTrainer{method}__*/fold_0/checkpoint_latest.pth"
+    log = root / "first.log"
+    with log.open("w") as stream:
+        study = subprocess.Popen(the_command(root), stdout=stream, stderr=subprocess.STDOUT, env=environment())
+    while not list(root.glob(checkpoint)):
+        assert study.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.05)
+    training = int((root / "out" / "Task02" / f"logs_nnUNetTrainer{method}" / "running.pid").read_text())
+    # Stopped, so that it is still there when it is looked for.
+    os.killpg(training, signal.SIGSTOP)
+    try:
+        study.kill()
+        study.wait()
+        only = the_command(root, "--tasks", "2", "--methods", method, "--only", "train")
+        refused = subprocess.run(only, capture_output=True, text=True, env=environment())
+        assert refused.returncode == 2
+        assert f"Process {training} is still at work in this folder" in refused.stderr
+        assert f"stop it (kill -- -{training})" in refused.stderr
+    finally:
+        os.killpg(training, signal.SIGKILL)
 
 
 def test_a_study_of_two_tasks_is_killed_goes_on_and_reports(tmp_path):
@@ -59,7 +72,7 @@ def test_a_study_of_two_tasks_is_killed_goes_on_and_reports(tmp_path):
         make_phantom_task(tmp_path / "raw" / f"Task0{number}_Phantom", 5, seed=number, progress=False, enhancement=1.0)
     out = tmp_path / "out"
     ima = out / "Task02" / "logs_nnUNetTrainerIMA" / "train_IMA"
-    kill_in_training(tmp_path, "nnUNetTrainerIMA")
+    kill_in_training(tmp_path, "IMA")
     assert not ima.with_suffix(".done").exists()
     early = sorted(out.glob("Task0*/logs*/*.done"))
     # Two preparations, one training, its two evaluations.
