@@ -2,10 +2,10 @@
 # How to build and use it: docs/container.md
 FROM python:3.11-slim
 
-# torch.compile, which nnU-Net uses on GPUs, compiles with gcc.
+# torch.compile, which nnU-Net uses on GPUs, compiles with gcc, and with g++ what stays on the CPU.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && apt-get install --yes --no-install-recommends g++ gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/nnunet_ima
