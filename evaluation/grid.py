@@ -25,6 +25,7 @@ from nnunet_ima.evaluation.models import Fold, read_json
 from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.evaluation.results import read_if_whole
 from nnunet_ima.evaluation.steps import Steps, resume_options
+from nnunet_ima.evaluation.summary import UNLEARNED, UNLEARNED_NOTE, nothing_learned
 from nnunet_ima.files import atomic_path, write_text
 from nnunet_ima.lp import Norm
 from nnunet_ima.settings import KEY, validate
@@ -45,13 +46,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Score:
-    """What became of it: TVDI in [0, 1], clean and attacked; and whether the weights know the cases."""
+    """What became of it: TVDI in [0, 1], clean and attacked; whether the weights know the cases, or anything."""
 
     point: Point
     clean: float
     robust: float
     trained_on_these_cases: bool = False
     started_from_unknown: bool = False
+    learned: bool = True
 
     @property
     def geometric_mean(self) -> float:
@@ -113,7 +115,8 @@ class Grid:
             if summary is not None:
                 clean, robust = summary["clean"]["tvdi"], summary["results"][0]["tvdi"]
                 notes = (summary["trained_on_these_cases"], summary["started_from_unknown_weights"])
-                scores.append(Score(point, float(clean), float(robust), *map(bool, notes)))
+                learned = not nothing_learned(summary)
+                scores.append(Score(point, float(clean), float(robust), *map(bool, notes), learned=learned))
         return scores
 
     def _finished(self, point: Point) -> Mapping[str, Any] | None:
@@ -127,14 +130,18 @@ class Grid:
             return "No job is finished yet.\n"
         write_text(self.output / "grid.csv", _csv(scores))
         draw(scores, f"{self.trainer}, {self.planned.folder.name} {self.configuration}", self.output / "grid.png")
-        best = max(scores, key=lambda score: score.geometric_mean)
+        best = max(scores, key=lambda score: (score.learned, score.geometric_mean))
         lines = ["| ε | Δε | clean | attacked | geometric mean | |", "| --- | --- | --- | --- | --- | --- |"]
         for score in scores:
             figures = " | ".join(f"{100 * value:.1f}" for value in (score.clean, score.robust, score.geometric_mean))
-            mark = "**best**" if score == best else ""
-            lines.append(f"| {score.point.epsilon:g} | {score.point.delta_epsilon:g} | {figures} | {mark} |")
+            marks = [*(["**best**"] if score == best else []), *([] if score.learned else [UNLEARNED])]
+            lines.append(
+                f"| {score.point.epsilon:g} | {score.point.delta_epsilon:g} | {figures} | {', '.join(marks)} |"
+            )
         if len(scores) < len(self.points):
             lines += ["", f"{len(self.points) - len(scores)} of {len(self.points)} jobs are not finished."]
+        if not all(score.learned for score in scores):
+            lines += ["", UNLEARNED_NOTE]
         if any(score.trained_on_these_cases for score in scores):
             lines += ["", "The weights of some jobs learned from some of these very cases; the figures flatter them."]
         elif any(score.started_from_unknown for score in scores):

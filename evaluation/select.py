@@ -24,6 +24,7 @@ from nnunet_ima.evaluation.identity import read_run
 from nnunet_ima.evaluation.models import load_model, read_json
 from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.evaluation.results import read_if_whole, read_summary
+from nnunet_ima.evaluation.summary import UNLEARNED, UNLEARNED_NOTE, nothing_learned
 from nnunet_ima.files import atomic_path, write_text
 from nnunet_ima.settings import KEY
 
@@ -45,6 +46,8 @@ class Candidate:
         clean, robust: TVDI in [0, 1], untouched and attacked.
         trained_on_these_cases: whether the weights learned from cases they were measured on.
         within_budget: whether its clean Dice is close enough to the best.
+        learned: whether there is anything that an attack could take; see
+            :func:`~nnunet_ima.evaluation.summary.nothing_learned`.
     """
 
     checkpoint: str
@@ -54,6 +57,7 @@ class Candidate:
     robust: float
     trained_on_these_cases: bool = False
     within_budget: bool = True
+    learned: bool = True
 
 
 def select(request: Request, max_clean_drop: float, reference: Path | None) -> tuple[Candidate, Path]:
@@ -94,7 +98,7 @@ def select(request: Request, max_clean_drop: float, reference: Path | None) -> t
             f"No checkpoint is within {max_clean_drop:g} points of {100 * aim:.1f} % clean Dice; the closest, "
             f"{best.checkpoint}, has {100 * best.clean:.1f} %: raise --max-clean-drop, or train with a smaller epsilon."
         )
-    chosen = max(allowed, key=lambda candidate: (candidate.robust, candidate.clean))
+    chosen = max(allowed, key=lambda candidate: (candidate.learned, candidate.robust, candidate.clean))
     with atomic_path(fold / SELECTED) as temporary:
         shutil.copyfile(fold / chosen.checkpoint, temporary)
     _write(output, found, chosen, aim, max_clean_drop, request)
@@ -141,6 +145,7 @@ def _measure(request: Request) -> Candidate:
         clean=float(summary["clean"]["tvdi"]),
         robust=float(summary["results"][0]["tvdi"]),
         trained_on_these_cases=bool(summary["trained_on_these_cases"]),
+        learned=not nothing_learned(summary),
     )
 
 
@@ -198,9 +203,12 @@ def table(found: Sequence[Candidate], chosen: Candidate) -> str:
     lines = ["| checkpoint | epoch | largest margin | clean | attacked | |", "| --- | --- | --- | --- | --- | --- |"]
     for candidate in found:
         margin = "" if candidate.largest_margin is None else f"{candidate.largest_margin:.2f}"
-        mark = "**selected**" if candidate == chosen else "" if candidate.within_budget else "clean Dice too low"
+        marks = ["**selected**"] if candidate == chosen else [] if candidate.within_budget else ["clean Dice too low"]
+        marks += [] if candidate.learned else [UNLEARNED]
         dice = f"{100 * candidate.clean:.1f} | {100 * candidate.robust:.1f}"
-        lines.append(f"| {candidate.checkpoint} | {candidate.epoch} | {margin} | {dice} | {mark} |")
+        lines.append(f"| {candidate.checkpoint} | {candidate.epoch} | {margin} | {dice} | {', '.join(marks)} |")
+    if not all(candidate.learned for candidate in found):
+        lines += ["", UNLEARNED_NOTE]
     if any(candidate.trained_on_these_cases for candidate in found):
         lines += ["", "The weights learned from some of these very cases; the figures flatter them."]
     return "\n".join(lines) + "\n"

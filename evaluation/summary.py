@@ -121,6 +121,14 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# In a table of several models, and below it.
+UNLEARNED = "has not learned its task"
+UNLEARNED_NOTE = (
+    "**Of a model that has not learned its task no sample is correct without any attack, so that what attacks leave of "
+    "it says nothing of robustness; train it longer, or see whether it fits these data.**"
+)
+
+
 def nothing_learned(summary: Mapping[str, Any]) -> bool:
     """Whether without any attack not one sample is correct, nor TVDI above the same threshold: nothing can be lost.
 

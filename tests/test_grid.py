@@ -60,7 +60,7 @@ def test_values_must_be_above_zero_and_finite(bad):
 
 
 scores = st.lists(
-    st.tuples(st.integers(1, 4), st.integers(1, 4), st.floats(0, 1), st.floats(0, 1)),
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.floats(0, 1), st.floats(0, 1), st.booleans()),
     min_size=1, max_size=6, unique_by=lambda score: score[:2],
 )  # fmt: skip
 
@@ -69,15 +69,19 @@ scores = st.lists(
 @given(scores)
 def test_the_table_marks_the_highest_geometric_mean_and_the_csv_holds_all(tmp_path_factory, found):
     output = tmp_path_factory.mktemp("grid")
-    made = [Score(Point(e, d), clean, robust) for e, d, clean, robust in found]
+    made = [Score(Point(e, d), clean, robust, learned=learned) for e, d, clean, robust, learned in found]
     grid = grid_of([score.point for score in made], output)
     table = grid.report(made)
-    best = max(math.sqrt(clean * robust) for _, _, clean, robust in found)
+    # One that has not learned its task is the best only where none has.
+    anything = any(learned for *_, learned in found)
+    best = max(math.sqrt(clean * robust) for _, _, clean, robust, learned in found if learned or not anything)
+    assert table.count("| has not learned") + table.count(", has not") == sum(not learned for *_, learned in found)
+    assert ("says nothing of robustness" in table) is not all(learned for *_, learned in found)
     (marked,) = [line for line in table.splitlines() if "**best**" in line]
     assert f" {100 * best:.1f} | **best**" in marked
     with (output / "grid.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    assert [(float(r["epsilon"]), float(r["delta_epsilon"])) for r in rows] == [(e, d) for e, d, _, _ in found]
+    assert [(float(r["epsilon"]), float(r["delta_epsilon"])) for r in rows] == [(e, d) for e, d, *_ in found]
     assert [float(r["geometric_mean"]) for r in rows] == [score.geometric_mean for score in made]
 
 
@@ -119,6 +123,23 @@ def test_what_cannot_be_done_ends_with_a_sentence(project, tmp_path, capsys, arg
     assert plans() == before
 
 
+CLEAN = {"tvdi": 0.8, "robust_share": 0.9, "n_samples": 20}
+CRITERION = {"criterion": {"dice_threshold": 0.6}}
+
+
+def test_a_job_of_which_no_sample_is_correct_is_known_to_have_learned_nothing(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    (tmp_path / "results").mkdir()
+    points = [Point(5, 1), Point(10, 1)]
+    grid = grid_of(points, tmp_path)
+    for point, clean in zip(points, (CLEAN, {"tvdi": 0.3, "robust_share": 0.0, "n_samples": 20}), strict=True):
+        (tmp_path / point.name).mkdir()
+        head = {"schema": SCHEMA, "command": shlex.join(grid._evaluation(point)), "started_from_unknown_weights": False}
+        figures = {"clean": clean, **CRITERION, "results": [{"tvdi": 0.3}], "trained_on_these_cases": False}
+        write(tmp_path / point.name / "summary.json", sealed({**head, **figures}))
+    assert [score.learned for score in grid.collect()] == [True, False]
+
+
 def test_results_of_another_attack_or_trainer_are_not_of_this_grid(project, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     (tmp_path / "results").mkdir()
@@ -127,7 +148,7 @@ def test_results_of_another_attack_or_trainer_are_not_of_this_grid(project, tmp_
     for point, level in zip(points, ("5", "10"), strict=True):
         (tmp_path / point.name).mkdir()
         command = shlex.join(replace(grid, level=level)._evaluation(point))
-        figures = {"clean": {"tvdi": 0.8}, "results": [{"tvdi": 0.5}], "trained_on_these_cases": True}
+        figures = {"clean": CLEAN, **CRITERION, "results": [{"tvdi": 0.5}], "trained_on_these_cases": True}
         figures["started_from_unknown_weights"] = False
         summary = sealed({"schema": SCHEMA, "command": command, **figures})
         write(tmp_path / point.name / "summary.json", summary)
@@ -143,7 +164,7 @@ def test_a_result_that_was_edited_or_damaged_is_made_again_and_not_believed(proj
     grid = grid_of([point], tmp_path)
     file = tmp_path / point.name / "summary.json"
     file.parent.mkdir()
-    figures = {"clean": {"tvdi": 0.8}, "results": [{"tvdi": 0.5}], "trained_on_these_cases": False}
+    figures = {"clean": CLEAN, **CRITERION, "results": [{"tvdi": 0.5}], "trained_on_these_cases": False}
     command = shlex.join(grid._evaluation(point))
     summary = sealed({"schema": SCHEMA, "command": command, **figures, "started_from_unknown_weights": False})
     write(file, {**summary, "results": [{"tvdi": 0.9}]} if what == "edited" else summary)

@@ -18,6 +18,7 @@ from nnunet_ima.evaluation import select as module
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.evaluate import Request
 from nnunet_ima.evaluation.select import SELECTED, Candidate, select
+from nnunet_ima.evaluation.summary import nothing_learned
 from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
 
 ATTACK = ("--attack", "pgd:steps=2", "--level", "2", "--max-samples", "6", "-device", "cpu")
@@ -67,7 +68,11 @@ def test_select_measures_chooses_draws_and_copies(hardened, tmp_path, capsys):
     names = [candidate["checkpoint"] for candidate in selection["candidates"]]
     assert "checkpoint_final.pth" in names
     assert sum(name.startswith("snapshot") for name in names) > 1
-    best = max(selection["candidates"], key=lambda c: (c["robust"], c["clean"]))
+    # Those of epochs in which hardly anything was learned are among them.
+    for candidate in selection["candidates"]:
+        (folder,) = tmp_path.glob(f"*/{Path(candidate['checkpoint']).stem}")
+        assert candidate["learned"] is not nothing_learned(read(folder / "summary.json"))
+    best = max(selection["candidates"], key=lambda c: (c["learned"], c["robust"], c["clean"]))
     assert selection["selected"] == best["checkpoint"]
     fold = hardened / "fold_0"
     assert (fold / SELECTED).read_bytes() == (fold / best["checkpoint"]).read_bytes()
@@ -188,7 +193,7 @@ def spoil(file: Path) -> None:
     torch.save(checkpoint, file)
 
 
-scores = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6)
+scores = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans()), min_size=1, max_size=6)
 
 
 @settings(max_examples=50)
@@ -203,15 +208,18 @@ def test_the_chosen_one_is_the_most_robust_of_those_within_the_budget(tmp_path_f
         patch.setattr(module, "_measure", lambda asked: measured(asked, *next(values)))
         patch.setattr(module, "_draw", lambda *_: None)
         chosen, _ = select(request(model), drop, None)
-    lowest = max(clean for clean, _ in found) - drop / 100
-    # Rounding may decide at the very edge of the budget.
-    allowed = [(robust, clean) for clean, robust in found if clean >= lowest]
-    assert (chosen.robust, chosen.clean) == max(allowed)
+    lowest = max(clean for clean, *_ in found) - drop / 100
+    # Rounding may decide at the very edge of the budget; one that has learned nothing is chosen only where all have.
+    allowed = [(learned, robust, clean) for clean, robust, learned in found if clean >= lowest]
+    assert (chosen.learned, chosen.robust, chosen.clean) == max(allowed)
+    text = (model / "out" / "table.md").read_text(encoding="utf-8")
+    assert text.count("| has not learned") + text.count(", has not") == sum(not learned for *_, learned in found)
+    assert ("says nothing of robustness" in text) is not all(learned for *_, learned in found)
     assert (model / "fold_0" / SELECTED).read_bytes() == (model / "fold_0" / chosen.checkpoint).read_bytes()
 
 
-def measured(asked: Request, clean: float, robust: float) -> Candidate:
-    return Candidate(asked.checkpoint, 0, None, clean, robust)
+def measured(asked: Request, clean: float, robust: float, learned: bool = True) -> Candidate:
+    return Candidate(asked.checkpoint, 0, None, clean, robust, learned=learned)
 
 
 def request(model: Path) -> Request:
