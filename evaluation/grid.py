@@ -114,9 +114,14 @@ class Grid:
             summary = self._finished(point)
             if summary is not None:
                 clean, robust = summary["clean"]["tvdi"], summary["results"][0]["tvdi"]
-                notes = (summary["trained_on_these_cases"], summary["started_from_unknown_weights"])
-                learned = not nothing_learned(summary)
-                scores.append(Score(point, float(clean), float(robust), *map(bool, notes), learned=learned))
+                scores.append(
+                    Score(
+                        point, float(clean), float(robust),
+                        trained_on_these_cases=bool(summary["trained_on_these_cases"]),
+                        started_from_unknown=bool(summary["started_from_unknown_weights"]),
+                        learned=not nothing_learned(summary),
+                    )
+                )  # fmt: skip
         return scores
 
     def _finished(self, point: Point) -> Mapping[str, Any] | None:
