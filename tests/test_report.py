@@ -21,6 +21,7 @@ from results_of_runs import ATTACK, ENSEMBLE, NOISE, make_run
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.command_line import _parser, main
+from nnunet_ima.evaluation.environment import trainers_folder
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.outcomes import LOTS_KEPT, SampleKey, SampleScore, drawn_by_lot
 from nnunet_ima.evaluation.report import write_report
@@ -46,6 +47,7 @@ from nnunet_ima.evaluation.report.tables import (
     published_tables,
     robustness_table,
 )
+from nnunet_ima.evaluation.report.trainings import TRAININGS, trainings_of
 from nnunet_ima.evaluation.results import UNTOUCHED, Results, read_results
 from nnunet_ima.evaluation.statistics import holm
 from nnunet_ima.evaluation.summary import nothing_learned
@@ -299,7 +301,10 @@ def test_a_reader_learns_of_how_many_samples_that_is_and_what_the_mean_over_leve
         samples = [run.samples[UNTOUCHED] for run in (ima, stock)]
         by_sample = [100 * float(table.dice.mean()) for table in samples]
         assert f"(ADI): {by_sample[0]:.1f} % against {by_sample[1]:.1f} %" in text
-        assert f"L2 5 is {5 / (24 * 20) ** 0.5:.2g} z-scores in each of a patch's 480 voxels" in text
+        if setting.norm == "l2":
+            each = " / ".join(f"{float(level) / (24 * 20) ** 0.5:.2g}" for level in levels)
+            assert f"L2 {' / '.join(levels)} is {each} standard deviations of the intensities in each of a" in text
+            assert "sample's 480 voxels" in text
     assert (
         text.count(f"Attacked: 40 samples of 8 cases, each sample of 24 × 20 voxels, with {NOISE} and {ATTACK}.") == 2
     )
@@ -325,6 +330,23 @@ def test_the_members_of_an_ensemble_are_named_and_an_attack_is_explained(tmp_pat
     assert f"{ENSEMBLE} : Run the members one after the other" in text
     assert "Members: apgd-ce, square." in text
     assert f"{ATTACK} : PGD with momentum" in text
+
+
+def test_trainings_of_ours_are_explained_and_no_others():
+    assert trainings_of(["nnUNetTrainer", "nnUNetTrainerX", "nnUNetTrainerIMAX", "MyIMA"]) == {}
+    assert list(trainings_of(["nnUNetTrainerIMA_finetune", "nnUNetTrainerTE", "nnUNetTrainerIMA"])) == ["IMA", "TE"]
+    assert list(trainings_of(f"nnUNetTrainer{name}" for name in TRAININGS)) == list(TRAININGS)
+    # What the page may be of.
+    names = {file.stem.removeprefix("nnUNetTrainer") for file in trainers_folder().glob("nnUNetTrainer[A-Z]*.py")}
+    assert names == {*TRAININGS, "Adversarial"}  # the base of the others
+
+
+def test_the_page_says_what_an_abbreviation_of_a_training_means(tmp_path):
+    ima = make_run(tmp_path / "ima", title="nnUNetTrainerIMA_50epochs")
+    page = write_report([ima], tmp_path / "out").read_text(encoding="utf-8")
+    assert "IMA: Increasing-margin adversarial training" in page
+    stock = make_run(tmp_path / "stock", title="nnUNetTrainer")
+    assert "Increasing-margin" not in write_report([stock], tmp_path / "stock_out").read_text(encoding="utf-8")
 
 
 def test_columns_that_no_run_fills_are_left_out_and_named(tmp_path):

@@ -83,14 +83,15 @@ class Setting:
 
     @property
     def evenly(self) -> str:
-        """What the smallest L2 level is if every voxel of a patch changes by the same; empty for Linf."""
+        """What the L2 levels are if every voxel of a patch changes by the same; empty for Linf."""
         if self.norm != "l2" or not self.levels:
             return ""
-        text, value = self.levels[0]
         voxels = math.prod(int(size) for size in self.patch.split(" × "))
-        each = f"{value / math.sqrt(voxels):.2g} z-scores"
+        levels = " / ".join(text for text, _ in self.levels)
+        each = " / ".join(f"{value / math.sqrt(voxels):.2g}" for _, value in self.levels)
         return (
-            f"Spread evenly over one channel, {self.norm_name} {text} is {each} in each of a patch's {voxels:,} voxels."
+            f"Spread evenly over one channel, {self.norm_name} {levels} is {each} standard deviations of the "
+            f"intensities in each of a sample's {voxels:,} voxels."
         )
 
     @cached_property
@@ -203,8 +204,8 @@ class Setting:
         if not any("by_attack" in item for run in self.runs for item in run.attacked):
             return ""
         return (
-            " The TVDI of an ensemble (autoattack) is the lowest that was found by taking one of its points for each "
-            "sample; that choice was made once, on all samples of a run, and resampling keeps it."
+            " The TVDI of an ensemble (autoattack) is the lowest that was found by taking the image of one of its "
+            "members for each sample; that choice was made once, on all samples of a run, and resampling keeps it."
         )
 
     @cache  # noqa: B019 (settings live as long as the report)

@@ -34,6 +34,7 @@ from nnunet_ima.evaluation.report.tables import (
     published_tables,
     robustness_table,
 )
+from nnunet_ima.evaluation.report.trainings import trainings_of
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results, read_results
 from nnunet_ima.files import write_text
 
@@ -101,10 +102,13 @@ def _trained_by(run: Results) -> str:
     A checkpoint of nnU-Net's own trainer may be stock or exported. Where nothing was noted, its name is that of the
     trainer, as in the model folder's name, which claims nothing.
     """
-    exported = run.summary.get("exported_from")
-    trainer = str(exported["trainer"] if exported else run.summary["model"]["trainer"])
+    trainer = _trainer(run)
     short = trainer.removeprefix("nnUNetTrainer") or trainer
-    return f"{short} exported" if exported else short
+    return f"{short} exported" if run.summary.get("exported_from") else short
+
+
+def _trainer(run: Results) -> str:
+    return str((run.summary.get("exported_from") or run.summary["model"])["trainer"])
 
 
 def _refuse_twice(setting: Setting) -> None:
@@ -161,6 +165,7 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
         warnings=list(dict.fromkeys(text for run in runs for text in sentences.warnings(run))),
         checks=[_checks(setting, run) for setting in settings for run in setting.runs],
         attacks=attacks_of(runs),
+        trainings=trainings_of(_trainer(run) for run in runs),
         protocols={setting.protocol for setting in settings},
         whole_cases=any(run.cases.get(UNTOUCHED) for run in runs),
         corrected=any(setting.correction for setting in settings),

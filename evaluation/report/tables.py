@@ -104,6 +104,7 @@ def difference_table(setting: Setting) -> Table | None:
         note += f"p (Holm): after {setting.correction}, those of the same level and figure. "
     asked = "whether a model is called more robust is asked once, of the mean of the levels"
     claim = "by noise alone no model is called more robust" if setting.noise_only else asked
+    note += "Differences are taken before rounding. "
     note += f"Not corrected for the number of levels and figures; {claim}.{setting.p_note}{setting.choice_note}"
     note += _without_unlearned(setting)
     more = ["p (Holm)"] if corrected else []
@@ -168,12 +169,19 @@ def further_table(setting: Setting) -> Table:
                 _dice(_number(figures["surface_dice"])), _plain(spent, ".0f"),
             ])  # fmt: skip
     note = (
-        "Dice and shares in %. TVDI of lowest Dice: that of the images on which each sample has its lowest Dice, of "
-        "which all other figures are; only of an ensemble it is another than TVDI. Correct: samples with a Dice above "
-        "the threshold. Case Dice is nnU-Net's own, of whole cases through its sliding window; HD95 and surface Dice "
-        "(1 mm) are means over cases; under an HD95 stands of how many structures (a class in a case) it is, if some "
-        "were not found at all, and so have none. Passes: forward and backward passes of a sample that the attack "
-        "spent; a sample that has come to Dice 0 is left alone."
+        "Dice and shares in %. TVDI of lowest Dice: that of the images on which each sample has its lowest Dice; all "
+        "other figures are of those images, too. Under an ensemble TVDI itself may be lower. Correct: samples with a "
+        "Dice above the threshold. "
+    )
+    if any(run.cases.get(UNTOUCHED) for run in setting.runs):
+        note += (
+            "Case Dice is nnU-Net's own, of whole cases through its sliding window; HD95 and surface Dice (1 mm) are "
+            "means over cases; under an HD95 stands of how many structures (a class in a case) it is, if some were not "
+            "found at all, and so have none. "
+        )
+    note += (
+        "Passes: forward and backward passes of a sample that the attack spent, that of the untouched sample included; "
+        "a sample that has come to Dice 0 is left alone."
     )
     return _without_empty_columns(Table(f"All figures: {setting.name}", head, rows, note, names=3))
 
