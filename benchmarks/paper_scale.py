@@ -7,10 +7,11 @@
 ``--scale small``: networks of 16 to 128 features, batch 32, for two CPU cores, three repetitions.
 ``--scale glance``: the same path in a minute, to see that it runs; its figures mean nothing.
 
-Started again it goes on: trainings from their last checkpoint, evaluations from their records. ``--minutes 8`` stops
-in time on a machine that is only lent for so long; ``--state FOLDER`` then keeps all that is needed to go on elsewhere
-in files of at most 15 MiB (weights in half precision, margins, records), and takes it up at the next start; give the
-same ``-o`` everywhere. The weights of a finished training are then rounded before anything is measured, so that all
+All trainings come first, then one evaluation of all models after the other, the costliest last. Started again it goes
+on: trainings from their last checkpoint, evaluations from their records. ``--minutes 8`` stops in time on a machine
+that is only lent for so long; ``--state FOLDER`` then keeps all that is needed to go on elsewhere in a few files of at
+most 15 MiB (weights in half precision, margins, records), every two minutes, and takes it up at the next start; give
+the same ``-o`` everywhere. The weights of a finished training are then rounded before anything is measured, so that all
 figures are of the same model. ``--jobs`` trains and attacks several models at once, as a GPU waits for one of them half
 of the time.
 
@@ -27,12 +28,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from study_machines import NotedStudy, available_cores
-from study_results import collect, table
+from study_results import collect, most_samples, table
 from study_state import pack, round_before_evaluations, unpack
 
 from nnunet_ima.errors import UserError
@@ -57,8 +59,10 @@ class Scale:
         settings: of all trainings.
         own: settings of single methods.
         samples: validation slices that are attacked; None for all with foreground.
+        other_samples: for Linf and the protocol paper; None for as many.
         repetitions: trainings of each method; nnU-Net's trainings are not seeded, so each is another draw.
         paper_linf: Linf levels of the protocol paper; none, and no such evaluation, unless given.
+        standard: L2 levels of the protocol sound, at which the standard AutoAttack is run, too.
     """
 
     network: PlannedNetwork | SmallNetwork
@@ -66,7 +70,9 @@ class Scale:
     own: Mapping[str, Mapping[str, Any]]
     samples: int | None
     repetitions: int
+    other_samples: int | None = None
     paper_linf: Sequence[str] = ()
+    standard: Sequence[str] = ()
 
 
 # Of every epoch: a stop loses what came after the last checkpoint, and five epochs may be longer than a spell.
@@ -79,7 +85,9 @@ PAPER = Scale(
     None,
     1,
     # Those of Table 3: the first three are AutoAttack's, the last three white noise's.
-    ("2/255", "4/255", "8/255", "16/255", "32/255"),
+    paper_linf=("2/255", "4/255", "8/255", "16/255", "32/255"),
+    # What the study is judged by.
+    standard=("5", "10", "15"),
 )
 SMALL = Scale(
     SmallNetwork("2d_small", features=16, most_features=128, batch_size=32),
@@ -101,6 +109,7 @@ SMALL = Scale(
     },
     200,
     3,
+    other_samples=100,
 )
 GLANCE = Scale(
     SmallNetwork("2d_glance", features=4, most_features=16, batch_size=8),
@@ -153,7 +162,8 @@ def run(options: argparse.Namespace) -> list[str]:
             # Not before: nnU-Net refuses to convert a task of which there are results.
             unpack(options.state, options.output)
         taken_up = True
-        failed += failures(study.jobs(dataset), options.jobs, study)
+        with packed_meanwhile(options.output, options.state):
+            failed += failures(study.rounds(dataset), options.jobs, study)
     finally:
         if stop is not None:
             stop.cancel()
@@ -163,6 +173,29 @@ def run(options: argparse.Namespace) -> list[str]:
     if study.stopped:
         sys.stdout.write(f"\nStopped after {options.minutes:g} minutes; start it again to go on.\n")
     return failed
+
+
+@contextmanager
+def packed_meanwhile(work: Path, state: Path | None, seconds: float = 120.0) -> Iterator[None]:
+    """Carry what there is all along, too: a lent machine may be taken back before this program can end."""
+    ended = threading.Event()
+
+    def keep_packing(state: Path) -> None:
+        while not ended.wait(seconds):
+            # What cannot be read now is told at the end, unless it can be by then.
+            with suppress(UserError, OSError):
+                pack(work, state)
+
+    if state is None:
+        yield
+        return
+    packing = threading.Thread(target=keep_packing, args=(state,), daemon=True)
+    packing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        packing.join()
 
 
 def failures(jobs: Iterable[Job], at_once: int, study: Study) -> list[str]:
@@ -199,7 +232,7 @@ def _refusals_of(call: Callable[[], object]) -> list[str]:
     return []
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # the text above is laid out by hand
@@ -212,8 +245,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--paper-levels", nargs="*", default=["5", "15", "25"], help="L2, of the protocol paper")
     parser.add_argument("--paper-linf", nargs="*", help="Linf, of the protocol paper; Table 3's at the paper's scale")
     parser.add_argument("--attack", default=FAST, help=f"for instance {STANDARD}")
+    parser.add_argument("--standard", nargs="*", help=f"L2 levels of {STANDARD}, sound; 5 10 15 at the paper's scale")
     parser.add_argument("--samples", type=int, help="attack so many validation slices; all of them unless given")
-    parser.add_argument("--other-samples", type=int, help="for Linf and the protocol paper; as many unless given")
+    parser.add_argument("--other-samples", type=int, help="for Linf and the protocol paper")
     parser.add_argument("--repetitions", type=int, help="trainings of each method")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     parser.add_argument("--state", type=Path, help="folder for what is needed to go on elsewhere")
@@ -224,13 +258,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="let nnU-Net compile the network")
     parser.add_argument("--results", type=Path, help="where the JSON and the table go in any case")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.workers is None:
         # A GPU waits for the augmentation of nnU-Net's batches of 366; a core is left for each training itself.
         shared = (available_cores() - options.jobs) // options.jobs
         options.workers = max(1, shared) if options.device == "cuda" else 1
     if options.paper_linf is None:
         options.paper_linf = list(SCALES[options.scale].paper_linf)
+    if options.standard is None:
+        options.standard = list(SCALES[options.scale].standard)
     return options
 
 
@@ -271,7 +307,7 @@ def evaluations(options: argparse.Namespace, scale: Scale) -> list[Attacks]:
         return ["--no-cases", *(("--max-samples", str(number)) if number else ())]
 
     samples = options.samples or scale.samples
-    further, others = slices(samples), slices(options.other_samples or samples)
+    further, others = slices(samples), slices(options.other_samples or scale.other_samples or samples)
     attacks = ("white-noise", options.attack)
     found = [Attacks("sound_l2", options.levels, attacks, further=further)]
     if options.linf:
@@ -280,6 +316,8 @@ def evaluations(options: argparse.Namespace, scale: Scale) -> list[Attacks]:
         found.append(Attacks("paper_l2", options.paper_levels, attacks, protocol="paper", further=others))
     if options.paper_linf:
         found.append(Attacks("paper_linf", options.paper_linf, attacks, norm="linf", protocol="paper", further=others))
+    if options.standard:
+        found.append(Attacks("sound-standard_l2", options.standard, (STANDARD,), further=further))
     return found
 
 
@@ -320,14 +358,22 @@ def write(study: Study, options: argparse.Namespace, scale: Scale, complete_if_t
 
 
 def is_the_study(options: argparse.Namespace, scale: Scale) -> bool:
-    """Whether the options ask for all methods, and for as many trainings and samples as the scale has, at least."""
-    samples = options.samples or scale.samples
+    """Whether the options ask for all methods, trainings, attacks, levels and samples that the scale has, at least."""
+    asked = {one.name: one for one in evaluations(options, scale)}
+    whole = evaluations(_options(["--data", "none", "--scale", options.scale]), scale)
     return (
         scale is not GLANCE
         and set(METHODS) <= set(options.methods)
         and (options.repetitions or scale.repetitions) >= scale.repetitions
-        and (samples is None or (scale.samples is not None and samples >= scale.samples))
+        and all(one.name in asked and _covers(asked[one.name], one) for one in whole)
     )
+
+
+def _covers(asked: Attacks, wanted: Attacks) -> bool:
+    """Whether an evaluation is of the same attacks, and of all levels and samples that are wanted."""
+    samples, least = most_samples(asked), most_samples(wanted)
+    enough = samples is None or (least is not None and samples >= least)
+    return enough and list(asked.attacks) == list(wanted.attacks) and set(wanted.levels) <= set(asked.levels)
 
 
 def is_complete(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -344,6 +390,8 @@ def _command(options: argparse.Namespace) -> str:
     for name in ("samples", "other_samples", "repetitions", "jobs", "workers"):
         if getattr(options, name):
             shown += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    if options.standard != list(SCALES[options.scale].standard) or options.standard:
+        shown += ["--standard", *options.standard]
     if options.compile:
         shown.append("--compile")
     return "python " + shlex.join(shown)

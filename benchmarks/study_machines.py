@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,11 +46,16 @@ class NotedPipeline(Pipeline):
         folder = self.results(method, attacks)
         run, step = folder / "run.json", folder.name
         before, noted = run.read_bytes() if run.is_file() else None, machines(self.logs, step)
-        if not (folder / "summary.json").is_file():
+        finished = (folder / "summary.json").is_file()
+        if not finished:
             self._note(step, before is not None)
+        spent, started = seconds_spent(self.logs, step) if before is not None else 0.0, time.monotonic()
         try:
             return super().evaluate(dataset, method, attacks)
         finally:
+            if not finished:
+                goes_on = run.is_file() and run.read_bytes() == before
+                _note_seconds(self.logs, step, time.monotonic() - started + (spent if goes_on else 0.0))
             if run.is_file() and run.read_bytes() != before:
                 # It was begun anew.
                 self._note(step, False)
@@ -103,6 +109,20 @@ def machines(logs: Path, step: str) -> list[Machine]:
     file = _file(logs, step)
     found: list[Machine] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     return found
+
+
+def seconds_spent(logs: Path, step: str) -> float:
+    """On an evaluation so far, what was done in vain included; 0 if nobody noted it. What ``kill -9`` ended is not."""
+    file = _seconds_file(logs, step)
+    return float(json.loads(file.read_text(encoding="utf-8"))["seconds"]) if file.is_file() else 0.0
+
+
+def _note_seconds(logs: Path, step: str, seconds: float) -> None:
+    write_text(_seconds_file(logs, step), json.dumps({"seconds": round(seconds, 1)}) + "\n")
+
+
+def _seconds_file(logs: Path, step: str) -> Path:
+    return logs / f"{step}.seconds.json"
 
 
 def machine_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

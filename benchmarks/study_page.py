@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from study_machines import machine_lines
-from study_results import NORMS, table
+from study_results import NORMS, protocol_and_norm, table
 
 from nnunet_ima.files import atomic_path, write_text
 
@@ -110,7 +110,7 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
 
 
 def _draw_evaluation(panel: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    protocol, norm = name.split("_")
+    protocol, norm = protocol_and_norm(name)
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row["evaluations"][name] for row in rows if row["method"] == method and row["evaluations"][name]]
         if not mine:
@@ -122,7 +122,8 @@ def _draw_evaluation(panel: Axes, rows: Sequence[Mapping[str, Any]], name: str) 
         means = [statistics.fmean(column) for column in columns]
         panel.errorbar(range(len(means)), means, spread, marker="o", color=COLOURS[method], label=method, capsize=3)
         panel.set_xticks(range(len(means)), ["clean", *levels])
-    panel.set_title(f"{protocol}, {NORMS[norm]}", fontsize=10)
+    further = "".join(f", {word}" for word in name.partition("_")[0].split("-")[1:])
+    panel.set_title(f"{protocol}, {NORMS[norm]}{further}", fontsize=10)
     panel.set_xlabel("level")
     panel.set_ylim(0, 100)
     panel.grid(alpha=0.3)

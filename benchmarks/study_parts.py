@@ -1,7 +1,8 @@
-"""Named contents in files of at most 15 MiB, in one folder: all of them as they were last written, or the ones before.
+"""Named contents as one stream in files of at most 15 MiB, in one folder: all as they were last written, or as before.
 
-A content is cut into parts, whose names hold their digests, so that new parts lie beside the old ones. The manifest,
-which says what the parts are, is renamed into place last; only then are old parts removed.
+The stream is cut into as few files as it takes, as some machines give back few. Their names hold their digests, so that
+new parts lie beside the old ones. The manifest, which says what the parts are, is renamed into place last; only then
+are old parts removed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from nnunet_ima.files import atomic_path, write_text
 
 LARGEST_PART = 15 * 2**20
 MANIFEST = "state.json"
-SCHEMA = "nnunet_ima/study_state/1"
+SCHEMA = "nnunet_ima/study_state/2"
 
 
 class Part(TypedDict):
@@ -27,11 +28,15 @@ class Part(TypedDict):
     sha256: str
 
 
-Manifest = dict[str, list[Part]]
+class Manifest(TypedDict):
+    """The parts of the stream, and how many bytes of it each content takes, in that order."""
+
+    parts: list[Part]
+    contents: dict[str, int]
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The parts of each content; none of a folder to which nothing was written.
+    """What the folder holds; nothing if nothing was written to it.
 
     Raises:
         UserError: it holds a state of an older version, or a damaged manifest.
@@ -40,55 +45,58 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         if (folder / "records.tar.gz").is_file():
             raise UserError(f"{folder} holds a study's state of an older version; give another folder with --state.")
-        return {}
+        return {"parts": [], "contents": {}}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        whole = content["schema"] == SCHEMA
-        contents: Manifest = content["contents"]
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{file} is damaged, or of another version; copy the state again.")
-    return contents
+        if content["schema"] != SCHEMA:
+            raise UserError(f"{folder} holds a study's state of another version; give another folder with --state.")
+        return {"parts": list(content["parts"]), "contents": dict(content["contents"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged; copy the state again.") from error
 
 
-def store(folder: Path, name: str, content: bytes) -> list[Part]:
-    """Write a content's parts beside whatever is there; they count once :func:`commit` was told of them."""
-    parts: list[Part] = []
-    for number, start in enumerate(range(0, max(len(content), 1), LARGEST_PART)):
-        piece = content[start : start + LARGEST_PART]
-        digest = hashlib.sha256(piece).hexdigest()
-        file = folder / f"{name}.{digest[:16]}.{number}.part"
-        # One that is there may be what a full disk left of it.
-        if not file.is_file() or file.stat().st_size != len(piece):
-            with atomic_path(file) as temporary:
-                temporary.write_bytes(piece)
-        parts.append({"file": file.name, "sha256": digest})
-    return parts
-
-
-def load(folder: Path, name: str, parts: list[Part]) -> bytes:
-    """A content.
+def load(folder: Path) -> dict[str, bytes]:
+    """All contents.
 
     Raises:
-        UserError: a part is missing, or is not what the manifest says.
+        UserError: a part is missing, or is not what the manifest says; and as :func:`read_manifest`.
     """
+    manifest = read_manifest(folder)
     pieces = []
-    for part in parts:
+    for part in manifest["parts"]:
         file = folder / part["file"]
         piece = file.read_bytes() if file.is_file() and file.parent == folder else b""
         if hashlib.sha256(piece).hexdigest() != part["sha256"]:
-            raise UserError(
-                f"{file}, a part of {name}, is missing or not what {MANIFEST} says it is; copy the whole state again."
-            )
+            raise UserError(f"{file} is missing or not what {MANIFEST} says it is; copy the whole state again.")
         pieces.append(piece)
-    return b"".join(pieces)
+    stream, contents, begin = b"".join(pieces), {}, 0
+    for name, length in manifest["contents"].items():
+        contents[name] = stream[begin : begin + length]
+        begin += length
+    return contents
 
 
-def commit(folder: Path, contents: Mapping[str, list[Part]]) -> None:
-    """From now on the folder holds these contents; parts of others are removed."""
-    write_text(folder / MANIFEST, json.dumps({"schema": SCHEMA, "contents": dict(contents)}, indent=1) + "\n")
-    wanted = {part["file"] for parts in contents.values() for part in parts}
+def store(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """From now on the folder holds these contents, and no others."""
+    stream = b"".join(contents.values())
+    parts = [
+        _write(folder, number, stream[start : start + LARGEST_PART])
+        for number, start in enumerate(range(0, len(stream), LARGEST_PART))
+    ]
+    lengths = {name: len(content) for name, content in contents.items()}
+    manifest = {"schema": SCHEMA, "parts": parts, "contents": lengths}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    wanted = {part["file"] for part in parts}
     for file in folder.glob("*.part"):
         if file.name not in wanted:
             file.unlink()
+
+
+def _write(folder: Path, number: int, piece: bytes) -> Part:
+    digest = hashlib.sha256(piece).hexdigest()
+    file = folder / f"{number}.{digest[:16]}.part"
+    # One that is there may be what a full disk left of it.
+    if not file.is_file() or file.stat().st_size != len(piece):
+        with atomic_path(file) as temporary:
+            temporary.write_bytes(piece)
+    return {"file": file.name, "sha256": digest}

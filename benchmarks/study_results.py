@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_machines import machines
+from study_machines import machines, seconds_spent
 from study_state import ROUNDED_MARK
 
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
@@ -17,6 +17,8 @@ from nnunet_ima.evaluation.report.published import Published, published_rows
 from nnunet_ima.evaluation.study import Study
 from nnunet_ima.settings import KEY
 
+# Of the last epoch, how many samples' margins lie in each of the equal parts of 0 to ε.
+HISTOGRAM = "margin_histogram"
 QUANTILES = ("margin_10", "margin_50", "margin_90", "margin_mean", "visits_mean", "passes_per_sample")
 NORMS = {"l2": "L2", "linf": "Linf"}
 
@@ -30,7 +32,10 @@ def collect(study: Study, dataset: Path, methods: Sequence[tuple[Method, int]]) 
         evaluations = {}
         for attacks in study.evaluations:
             run = pipeline.results(method, attacks)
-            evaluations[attacks.name] = _on_machines(_evaluation(run, attacks), pipeline, run.name)
+            found = _evaluation(run, attacks)
+            spent = found and seconds_spent(pipeline.logs, run.name)
+            found = {**found, "seconds": round(spent, 1)} if found and spent else found
+            evaluations[attacks.name] = _on_machines(found, pipeline, run.name)
         rows.append(
             {
                 "method": method.title,
@@ -61,8 +66,14 @@ def _training(checkpoint: Path) -> dict[str, Any] | None:
         "weights": stored.get(ROUNDED_MARK, "single precision"),
         "epochs": len(log["epoch_end_timestamps"]),
         **_attacks_in(stored["init_args"].get(KEY, {})),
+        **_histogram(stored["init_args"].get(KEY, {})),
         **{name: [round(float(value), 3) for value in log[name]] for name in QUANTILES if log.get(name)},
     }
+
+
+def _histogram(ours: Mapping[str, Any]) -> dict[str, list[int]]:
+    counted = ours.get("state", {}).get("histograms")
+    return {HISTOGRAM: list(counted[-1])} if counted else {}
 
 
 def _attacks_in(ours: Mapping[str, Any]) -> dict[str, str]:
@@ -81,7 +92,7 @@ def _evaluation(run: Path, attacks: Attacks) -> dict[str, Any] | None:
     summary = json.loads(file.read_text(encoding="utf-8"))
     found = [(result["attack"], result["level"]) for result in summary["results"]]
     asked = [(attack, level) for attack in attacks.attacks for level in attacks.levels]
-    if found != asked or summary["max_samples"] != _most_samples(attacks):
+    if found != asked or summary["max_samples"] != most_samples(attacks):
         return None
     kept = ("attack", "level", "tvdi", "adi", "robust_share", "tvdi_of_lowest_dice")
     return {
@@ -95,7 +106,7 @@ def _evaluation(run: Path, attacks: Attacks) -> dict[str, Any] | None:
     }
 
 
-def _most_samples(attacks: Attacks) -> int | None:
+def most_samples(attacks: Attacks) -> int | None:
     """How many samples an evaluation is asked for; None for all."""
     further = list(attacks.further)
     return int(further[further.index("--max-samples") + 1]) if "--max-samples" in further else None
@@ -115,11 +126,18 @@ def table(result: Mapping[str, Any]) -> str:
             lines += _evaluation_lines(name, done, str(result["dataset"]))
     trained = [row for row in rows if row["training"]]
     lines += _training_lines(trained) if trained else []
+    lines += _seconds_lines(rows)
     return "\n".join(lines).strip() + "\n"
 
 
-def _evaluation_lines(name: str, done: Sequence[Mapping[str, Any]], dataset: str) -> Iterator[str]:
+def protocol_and_norm(name: str) -> tuple[str, str]:
+    """Of an evaluation: ``sound_l2``, or ``sound-standard_l2`` for a further one of the same."""
     protocol, norm = name.split("_")
+    return protocol.partition("-")[0], norm
+
+
+def _evaluation_lines(name: str, done: Sequence[Mapping[str, Any]], dataset: str) -> Iterator[str]:
+    protocol, norm = protocol_and_norm(name)
     first = done[0]["evaluations"][name]
     clamped = first["clamp_only"] is not None
     for attack in dict.fromkeys(result["attack"] for result in first["results"]):
@@ -178,6 +196,22 @@ def _training_lines(trained: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         number = f" {row['repetition'] + 1}" if any(other["repetition"] for other in trained) else ""
         seconds, attacks = f"{one['seconds']:.0f}", one.get("attacks_in", "") if "passes_per_sample" in one else ""
         yield _line(f"{row['method']}{number}", str(one["epochs"]), seconds, ratio, attacks, passes, margins)
+
+
+def _seconds_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    names = dict.fromkeys(name for row in rows for name in row["evaluations"])
+    spent = {
+        name: [one["seconds"] for row in rows if (one := row["evaluations"][name]) and "seconds" in one]
+        for name in names
+    }
+    if not any(spent.values()):
+        return
+    yield "\nEvaluations, seconds a model beside whatever ran at once, interrupted and repeated work included.\n"
+    yield from _head("evaluation", "models", "lowest", "median", "highest")
+    for name, found in spent.items():
+        if found:
+            cells = (f"{value:.0f}" for value in (min(found), statistics.median(found), max(found)))
+            yield _line(name.replace("_", ", "), str(len(found)), *cells)
 
 
 def _head(*names: str) -> Iterator[str]:

@@ -21,6 +21,8 @@ from nnunet_ima.files import write_text
 
 PLANS = "nnUNetPlans"
 FEW_CASES = 60
+# nnU-Net's own default.
+MOST_PROCESSES = 8
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -359,4 +361,5 @@ def _count_cases(view: Path) -> int:
 
 def _processes(cases: int) -> str:
     # Each process that nnU-Net spawns imports torch first, which takes longer than to preprocess a few cases.
-    return "2" if cases > FEW_CASES else "1"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return str(min(max(cores, 2), MOST_PROCESSES)) if cases > FEW_CASES else "1"

@@ -20,6 +20,9 @@ from tqdm import tqdm
 from nnunet_ima.errors import UserError
 from nnunet_ima.files import write_text
 
+# Seconds that a command has to end by itself; nnU-Net's training and ours take less than one.
+GRACE = 15.0
+
 
 class Steps:
     """Runs named commands.
@@ -115,11 +118,21 @@ class Steps:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a command and all that it has started; nnU-Net's training would leave its loaders' processes behind."""
+    """End a command and all that it has started; nnU-Net's training would leave its loaders' processes behind.
+
+    One that does not listen is killed after :data:`GRACE`, as a lent machine is taken back whether or not it has ended.
+    """
+    _signal(process, signal.SIGTERM)
+    killer = threading.Timer(GRACE, _signal, (process, signal.SIGKILL))
+    killer.daemon = True
+    killer.start()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     # Nothing is sent to one that has ended: the number may be another process's by now.
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, number)
 
 
 def resume_options(fold: Path) -> list[str]:

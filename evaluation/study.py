@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -76,18 +77,36 @@ class Study:
             among: these methods only.
         """
         for method in self.methods if among is None else among:
-            yield f"{method.title}{method.variant}", partial(self._run, dataset, method, train, attack)
+            evaluations = self.evaluations if attack else []
+            yield f"{method.title}{method.variant}", partial(self._run, dataset, method, train, evaluations)
 
-    def _run(self, dataset: Path, method: Method, train: bool, attack: bool) -> None:
+    def rounds(self, dataset: Path) -> Iterator[Job]:
+        """The same work in another order: all trainings, then one evaluation of all models after the other.
+
+        Where the time does not suffice for everything, what there is can be compared. Several may be run at once, in
+        this order: an evaluation waits for its model, and one whose training failed, or was stopped, is left out.
+
+        Args:
+            dataset: the folder of preprocessed data.
+        """
+        turns = [(method, _Turn()) for method in self.methods]
+        for method, turn in turns:
+            yield f"{method.title}{method.variant}", partial(turn.first, partial(self._run, dataset, method, True, []))
+        for attacks in self.evaluations:
+            for method, turn in turns:
+                attack = partial(self._run, dataset, method, False, [attacks])
+                yield f"{method.title}{method.variant}, {attacks.name}", partial(turn.further, attack)
+
+    def _run(self, dataset: Path, method: Method, train: bool, evaluations: Sequence[Attacks]) -> None:
         pipeline = self.pipeline(method)
         pipeline.logs.mkdir(parents=True, exist_ok=True)
         if train:
             self._unless_stopped()
             pipeline.train(dataset, method)
-        if attack and self._before_evaluations is not None:
+        if evaluations and self._before_evaluations is not None:
             results = [pipeline.results(method, attacks) for attacks in self.evaluations]
             self._before_evaluations(pipeline.fold_folder(dataset, method), results)
-        for attacks in self.evaluations if attack else ():
+        for attacks in evaluations:
             self._unless_stopped()
             pipeline.evaluate(dataset, method, attacks)
 
@@ -134,6 +153,26 @@ class Study:
         ]
         done = [(title, run) for title, run in runs if (run / "summary.json").is_file()]
         return write_report([run for _, run in done], output, [title for title, _ in done], note) if done else None
+
+
+class _Turn:
+    """Of one model: its training first, then one evaluation at a time, as they share their logs."""
+
+    def __init__(self) -> None:
+        self._ended, self._went_well, self._lock = threading.Event(), False, threading.Lock()
+
+    def first(self, train: Callable[[], None]) -> None:
+        try:
+            train()
+            self._went_well = True
+        finally:
+            self._ended.set()
+
+    def further(self, attack: Callable[[], None]) -> None:
+        self._ended.wait()
+        if self._went_well:
+            with self._lock:
+                attack()
 
 
 @contextmanager

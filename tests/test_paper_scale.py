@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def a_training(
         "grad_scaler_state": {"scale": 65536.0},
         "init_args": {"nnunet_ima": {"state": {
             "margins": {"case": torch.rand(5) * 15}, "visits": torch.arange(5),
-            "averages": {"case": torch.rand(4).half()},
+            "averages": {"case": {"sums": torch.rand(3, 4).half(), "weights": torch.rand(4).half()}},
         }}},
         "current_epoch": epochs,
         "trainer_name": f"nnUNetTrainer{trainer}",
@@ -112,8 +114,11 @@ def test_a_study_goes_on_elsewhere_from_what_was_carried(tmp_path):
     ours, was = (one["init_args"]["nnunet_ima"]["state"] for one in (found, checkpoint))
     assert torch.equal(ours["margins"]["case"], was["margins"]["case"])
     assert torch.equal(ours["visits"], was["visits"])
-    assert torch.equal(ours["averages"]["case"], was["averages"]["case"])
-    assert ours["averages"]["case"].dtype == torch.float16
+    for kind in ("sums", "weights"):
+        one, other = (state["averages"]["case"][kind] for state in (ours, was))
+        assert one.dtype == torch.float16
+        assert one.shape == other.shape
+        assert float((one.float() - other.float()).abs().max()) <= study_state.FINEST / 2 + 2**-12
     assert found["current_epoch"] == 7
     assert (there / LOGS / "train_IMA.log").read_text() == "7 epochs"
     assert (there / "logs" / "convert.done").is_file()
@@ -153,7 +158,9 @@ def test_a_model_of_any_size_is_carried_in_small_files(tmp_path, monkeypatch):
     a_training(here, trainer="SAT")
     pack(here, state)
     sizes = [file.stat().st_size for file in state.iterdir()]
-    assert max(sizes) == 2**16 < 4 * 300**2 < sum(sizes)
+    assert max(sizes) == 2**16 < 2 * 300**2 < sum(sizes)
+    # One stream: no more files than it takes, and the manifest.
+    assert len(sizes) == 2 + sum(sizes) // 2**16
     unpack(state, there)
     weights = loaded(there)["network_weights"]["encoder.w"]
     torch.testing.assert_close(weights, checkpoint["network_weights"]["encoder.w"], rtol=5e-4, atol=1e-7)
@@ -179,7 +186,7 @@ def test_a_state_that_was_half_written_is_the_one_before(tmp_path, monkeypatch):
     assert loaded(there)["current_epoch"] == 3
     # Nothing of what came before is left once the next one is whole.
     pack(here, state)
-    named = {part["file"] for parts in study_parts.read_manifest(state).values() for part in parts}
+    named = {part["file"] for part in study_parts.read_manifest(state)["parts"]}
     assert stored_in(state).keys() == {MANIFEST, *named}
     unpack(state, there)
     assert loaded(there)["current_epoch"] == 4
@@ -189,7 +196,7 @@ def test_a_state_that_was_half_written_is_the_one_before(tmp_path, monkeypatch):
 def test_a_state_that_is_not_whole_is_refused_before_anything_is_written(tmp_path, damage):
     a_training(tmp_path / "here")
     pack(tmp_path / "here", tmp_path / "state")
-    part = max((tmp_path / "state").glob("*.part"), key=lambda file: file.stat().st_size)
+    (part,) = (tmp_path / "state").glob("*.part")
     content = part.read_bytes()
     part.write_bytes(content[:-1] if damage == "cut off" else content[:-1] + b"?")
     if damage == "missing":
@@ -225,9 +232,75 @@ def test_a_state_of_an_older_version_is_refused(tmp_path):
             call()
 
 
+def test_a_training_that_ends_while_it_is_packed_is_packed_as_it_ended(tmp_path, monkeypatch):
+    """A note that it has ended, with a checkpoint of before, would be believed elsewhere."""
+    here, there, state = (tmp_path / name for name in ("here", "there", "state"))
+    a_training(here, LATEST, epochs=3)
+    tar, ends = study_state._tar, iter([True])
+
+    def tar_while_it_ends(*arguments: Any) -> bytes:
+        if next(ends, False):
+            a_training(here, FINAL, epochs=7)
+        return tar(*arguments)
+
+    monkeypatch.setattr(study_state, "_tar", tar_while_it_ends)
+    pack(here, state)
+    unpack(state, there)
+    assert (there / LOGS / "train_IMA.done").is_file()
+    assert loaded(there, FINAL)["current_epoch"] == 7
+
+
+def test_what_is_being_written_is_not_carried_and_a_journal_that_grows_is(tmp_path, monkeypatch):
+    here, there, state = (tmp_path / name for name in ("here", "there", "state"))
+    a_training(here, FINAL)
+    round_before_evaluations(here / FOLD, [])
+    an_evaluation(here, 2)
+    (here / RESULTS / ".summary.json.123.tmp").write_text("half")
+    journal = here / RESULTS / "records" / "journal.jsonl"
+    information = tarfile.TarFile.gettarinfo
+
+    def grows(self: tarfile.TarFile, name: Any, *more: Any) -> tarfile.TarInfo:
+        if Path(name) == journal:
+            with journal.open("a") as stream:
+                stream.write("a line\n")
+        return information(self, name, *more)
+
+    monkeypatch.setattr(tarfile.TarFile, "gettarinfo", grows)
+    pack(here, state)
+    unpack(state, there)
+    assert lines_of(there) in (2, 3)
+    assert not list(there.rglob("*.tmp"))
+
+
+def test_a_study_is_carried_all_along_and_not_only_at_its_end(tmp_path):
+    """A machine that is taken back ends nothing in order."""
+    here, state = tmp_path / "here", tmp_path / "state"
+    a_training(here, epochs=3)
+
+    def epochs_carried() -> int | None:
+        with contextlib.suppress(UserError, FileNotFoundError):
+            shutil.rmtree(tmp_path / "there", ignore_errors=True)
+            unpack(state, tmp_path / "there")
+            return int(loaded(tmp_path / "there")["current_epoch"])
+        return None
+
+    with paper_scale.packed_meanwhile(here, state, 0.05):
+        for epochs in (3, 4):
+            # A damaged checkpoint does not end it.
+            (here / FOLD / LATEST).write_bytes(b"damaged")
+            time.sleep(0.3)
+            a_training(here, epochs=epochs)
+            end = time.monotonic() + 60
+            while epochs_carried() != epochs:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+    with paper_scale.packed_meanwhile(here, None):
+        assert stored_in(state)
+
+
 def a_state_of(state: Path, archive: Path) -> None:
     state.mkdir()
-    study_parts.commit(state, {RECORDS: study_parts.store(state, RECORDS, archive.read_bytes())})
+    study_parts.store(state, {RECORDS: archive.read_bytes()})
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.txt", "/elsewhere.txt", "a/../../elsewhere.txt"])
@@ -475,6 +548,15 @@ def test_what_failed_by_itself_is_told_though_the_time_was_up_later(tmp_path):
         (("--scale", "small"), "complete", True, {"work"}),
         (("--scale", "small"), "partial", False, {"work"}),
         (("--scale", "small", "--samples", "20"), "complete", False, {"work"}),
+        (("--scale", "small", "--other-samples", "20"), "complete", False, {"work"}),
+        (("--scale", "small", "--attack", "pgd:steps=1"), "complete", False, {"work"}),
+        (("--scale", "small", "--levels", "5"), "complete", False, {"work"}),
+        (("--scale", "small", "--levels", "5", "10", "15", "20"), "complete", False, {"work", "committed"}),
+        (("--scale", "small", "--linf"), "complete", False, {"work"}),
+        (("--scale", "small", "--standard", "5"), "complete", False, {"work", "committed"}),
+        (("--scale", "paper"), "complete", False, {"work", "committed"}),
+        (("--scale", "paper", "--standard", "5"), "complete", False, {"work"}),
+        (("--scale", "paper", "--samples", "5000"), "complete", False, {"work"}),
         (("--scale", "small", "--methods", "STD", "IMA"), "complete", False, {"work"}),
         (("--scale", "small", "--repetitions", "1"), "complete", False, {"work"}),
         (("--scale", "glance"), "complete", False, {"work"}),
@@ -539,6 +621,36 @@ def test_a_training_and_an_evaluation_tell_all_machines_that_they_were_made_on(t
     (pipeline.logs / f"{RESULTS}.machines.json").unlink()
     (tmp_path / RESULTS / "summary.json").unlink()
     assert evaluate_on("fourth", 4, torch="another") == []
+
+
+def test_the_seconds_of_an_evaluation_are_those_of_all_its_pieces(tmp_path, monkeypatch):
+    study, method = a_study(tmp_path, None)
+    (attacks,), pipeline = study.evaluations, study.pipeline(method)
+    pipeline.logs.mkdir(exist_ok=True)
+    clock = iter(range(0, 1000, 5))
+    monkeypatch.setattr(study_machines.time, "monotonic", lambda: next(clock))
+
+    def evaluate_with(run: str, finished: bool = False) -> float:
+        def evaluate(*_: object) -> Path:
+            (tmp_path / RESULTS).mkdir(exist_ok=True)
+            (tmp_path / RESULTS / "run.json").write_text(run)
+            if finished:
+                (tmp_path / RESULTS / "summary.json").write_text("{}")
+            raise UserError("stopped")
+
+        monkeypatch.setattr(Pipeline, "evaluate", evaluate)
+        with pytest.raises(UserError):
+            pipeline.evaluate(tmp_path, method, attacks)
+        return study_machines.seconds_spent(pipeline.logs, str(RESULTS))
+
+    assert study_machines.seconds_spent(pipeline.logs, str(RESULTS)) == 0
+    assert evaluate_with("one") == 5
+    assert evaluate_with("one") == 10
+    # Begun anew.
+    assert evaluate_with("other") == 5
+    assert evaluate_with("other", finished=True) == 10
+    # Nothing is left to do.
+    assert evaluate_with("other") == 10
 
 
 def run(study: Study) -> None:
@@ -616,7 +728,7 @@ def test_a_study_with_a_state_is_taken_up_although_its_task_is_converted_anew(tm
         assert (dataset / "nnUNetPlans_glance.json").is_file()
         return []
 
-    monkeypatch.setattr(Study, "jobs", jobs)
+    monkeypatch.setattr(Study, "rounds", jobs)
     command = ["paper_scale.py", "--data", str(task), "-o", str(work), "--scale", "glance", "--methods", "IMA"]
     monkeypatch.setattr(sys, "argv", [*command, "--state", str(state), "--results", str(tmp_path / "results")])
     paper_scale.main()

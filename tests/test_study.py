@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.pipeline import Method, PlannedNetwork, SmallNetwork
+from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline, PlannedNetwork, SmallNetwork
 from nnunet_ima.evaluation.study import Study, exclusive, run_jobs
 
 
@@ -46,6 +47,71 @@ def test_an_interrupted_study_ends_what_runs_and_starts_nothing_more(monkeypatch
         run_jobs([("first", first), ("second", lambda: ran.append("second"))], 1, stopped.set)
     assert stopped.is_set()
     assert ran == ["first"]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_all_trainings_come_first_and_evaluations_in_their_order_one_at_a_time_for_each_model(
+    tmp_path, monkeypatch, at_once
+):
+    methods = [Method(name, f"nnUNetTrainer{name}", {"num_epochs": 1}) for name in ("STD", "IMA", "TE")]
+    asked = [Attacks(name, ["1"], ["white-noise"]) for name in ("sound_l2", "sound_linf")]
+    study = Study(tmp_path, "plans", PlannedNetwork(), methods, asked, "cpu", before_evaluations=lambda *_: None)
+    begun: list[str] = []
+    at_work: list[str] = []
+
+    def work(title: str, what: str) -> None:
+        begun.append(f"{title} {what}")
+        assert title not in at_work
+        at_work.append(title)
+        time.sleep(0.02)
+        at_work.remove(title)
+
+    def train(_: Pipeline, __: Path, method: Method) -> None:
+        work(method.title, "trained")
+        if method.title == "IMA":
+            raise UserError("no memory")
+
+    monkeypatch.setattr(Pipeline, "train", train)
+    monkeypatch.setattr(Pipeline, "fold_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(Pipeline, "evaluate", lambda _, __, method, attacks: work(method.title, attacks.name))
+    failed = run_jobs(study.rounds(tmp_path), at_once, study.stop)
+    assert [(title, str(error)) for title, error in failed] == [("IMA", "no memory")]
+    # What failed is not attacked, the others are, each after its training.
+    assert len(begun) == 3 + 2 * 2
+    assert {line.split()[1] for line in begun if line.startswith("IMA")} == {"trained"}
+    for title in ("STD", "TE"):
+        assert next(line.split()[1] for line in begun if line.startswith(title)) == "trained"
+    if at_once == 1:
+        words = [line.split()[1] for line in begun]
+        assert words == ["trained"] * 3 + ["sound_l2"] * 2 + ["sound_linf"] * 2
+
+
+def test_a_stopped_study_evaluates_nothing_more_in_its_rounds(tmp_path, monkeypatch):
+    method = Method("IMA", "nnUNetTrainerIMA", {"num_epochs": 1})
+    study = Study(tmp_path, "plans", PlannedNetwork(), [method], [Attacks("sound_l2", ["1"], ["white-noise"])], "cpu")
+    monkeypatch.setattr(Pipeline, "train", lambda *_: study.stop())
+    monkeypatch.setattr(Pipeline, "evaluate", lambda *_: pytest.fail("it was evaluated"))
+    failed = run_jobs(study.rounds(tmp_path), 1, study.stop)
+    assert [(title, str(error)) for title, error in failed] == [("IMA, sound_l2", "the time is up")]
+
+
+def test_a_command_that_does_not_listen_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunet_ima.evaluation.steps.GRACE", 0.2)
+    study = Study(tmp_path, "plans", PlannedNetwork(), [], [], "cpu")
+    steps, ready = study.pipeline().steps, tmp_path / "ready"
+    deaf = f"import signal, time; signal.signal(15, signal.SIG_IGN); open({str(ready)!r}, 'w'); time.sleep(300)"
+    stopping = threading.Thread(target=lambda: (wait_for(ready), study.stop()))
+    stopping.start()
+    with pytest.raises(UserError, match="The step train failed"):
+        steps.once("train", ["python", "-c", deaf])
+    stopping.join()
+
+
+def wait_for(file: Path) -> None:
+    end = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_a_stopped_study_runs_no_further_step(tmp_path, monkeypatch):
