@@ -31,7 +31,7 @@ from nnunet_ima.evaluation.models import TrainedModel
 from nnunet_ima.evaluation.outcomes import CLEAN, Condition
 from nnunet_ima.evaluation.protocols import Protocol, parse_level
 from nnunet_ima.evaluation.records import Records
-from nnunet_ima.evaluation.run import Evaluation, Runner, Selection
+from nnunet_ima.evaluation.run import Evaluation, Runner, Selection, samples_in_a_pass, whole_passes
 from nnunet_ima.evaluation.scan_files import ScanFiles, Volume
 from nnunet_ima.evaluation.scans import perturb_scan
 from nnunet_ima.files import write_text
@@ -95,7 +95,7 @@ def attack_scans(
     seed: int,
     command: str,
     progress: bool = True,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> list[PerturbedCase]:
     """Write, for each case, ``images`` (perturbed), ``perturbation``, and what is found ``before`` and ``after``.
 
@@ -113,7 +113,8 @@ def attack_scans(
         seed: of the attack.
         command: that is noted.
         progress: whether to show a bar.
-        batch_size: samples attacked at once; fewer where the memory is not enough.
+        batch_size: samples attacked at once, None for as many as fill whole passes; fewer where the memory is not
+            enough.
 
     Returns:
         What was asked for, in that order.
@@ -135,8 +136,9 @@ def attack_scans(
             f"{unknown[0]} is no validation case of fold {model.fold}; these are: {', '.join(cases.names[:8])}"
             f"{', ...' if len(cases.names) > 8 else ''}."
         )
+    size = batch_size or whole_passes(samples_in_a_pass(model, device))
     evaluation = Evaluation(
-        model, protocol, [choice], [strength], None, batch_size, seed, device, DiceCriterion(labels=model.labels),
+        model, protocol, [choice], [strength], None, size, seed, device, DiceCriterion(labels=model.labels),
         progress=progress,
     )  # fmt: skip
     identity = identify(evaluation, [], evaluation.chunk)

@@ -214,7 +214,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
     parser.add_argument(
         "--batch-size", type=_positive,
-        help="samples attacked, and noted, at once; changes no number; default: 1 to 32 on a CPU, else 64",
+        help="samples attacked, and noted, at once; changes no number; default: 1 to 32 on a CPU, else as many as "
+        "fill whole passes, 33 to 128",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the attacks; default 0")
     parser.add_argument(
@@ -252,7 +253,10 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
     parser.add_argument("--level", required=True, help="such as 5, or 2/255 for linf")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="default: all of the fold")
-    parser.add_argument("--batch-size", type=_positive, default=64, help="samples at once; changes no number")
+    parser.add_argument(
+        "--batch-size", type=_positive,
+        help="samples at once; changes no number; default: as many as fill whole passes, up to 64, on CUDA up to 128",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder, or one that this command began")

@@ -41,7 +41,7 @@ from nnunet_ima.precision import use_exact_convolutions
 # The network always runs on chunks of this many voxels and samples, whatever --batch-size: see Oracle.
 CHUNK_VOXELS = {"cpu": 2**16, "mps": 2**18, "cuda": 2**22}
 LARGEST_CHUNK = {"cpu": 8, "mps": 16, "cuda": 128}
-# Attacked at once, and lost by a kill, at the most. On a CPU, where that is hours, see default_batch_size.
+# Attacked at once, and lost by a kill, at the most, or one pass where that is more; on a CPU see default_batch_size.
 BATCH_SIZE = 64
 CHUNKS_IN_A_BATCH = 4
 CHECKED_SAMPLES = 8
@@ -160,8 +160,17 @@ def default_batch_size(model: TrainedModel, device: torch.device) -> int:
     """
     chunk = samples_in_a_pass(model, device)
     if device.type != "cpu":
-        return BATCH_SIZE
+        return whole_passes(chunk)
     return chunk if chunk == 1 else CHUNKS_IN_A_BATCH * chunk
+
+
+def whole_passes(chunk: int) -> int:
+    """The most samples, but no more than :data:`BATCH_SIZE` or one pass, of which no pass is filled up with zeros.
+
+    Args:
+        chunk: samples in a pass.
+    """
+    return chunk * max(1, BATCH_SIZE // chunk)
 
 
 def select_samples(

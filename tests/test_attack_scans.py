@@ -18,12 +18,14 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nnunet_project import Project, quiet, read, write
 
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation import attack_scans
 from nnunet_ima.evaluation.case_level import CaseLevel
 from nnunet_ima.evaluation.cases import ValidationCases
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.locks import alone
 from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.models import TrainedModel, load_model
+from nnunet_ima.evaluation.run import Evaluation
 from nnunet_ima.evaluation.scan_files import Scan, ScanFiles
 from nnunet_ima.evaluation.scans import perturb_scan
 
@@ -403,6 +405,25 @@ def test_with_too_little_memory_fewer_samples_go_at_once(small, both, tmp_path, 
 def test_the_batch_size_changes_no_number(small, both, tmp_path):
     run(*request_of(small, tmp_path / "out"), "--batch-size", 3)
     same(tmp_path / "out", both)
+
+
+def test_by_default_passes_are_full(small, tmp_path, monkeypatch):
+    """As on a GPU, where one holds 128 samples; the choice of the size is tested beside it."""
+    made: list[int] = []
+
+    class Stopped(Exception):
+        pass
+
+    def attacker(evaluation: Evaluation, *_: object) -> None:
+        made.append(evaluation.batch_size)
+        raise Stopped
+
+    monkeypatch.setattr(attack_scans, "_Attacker", attacker)
+    for samples in (128, 15):
+        monkeypatch.setattr(attack_scans, "samples_in_a_pass", lambda *_, samples=samples: samples)
+        with pytest.raises(Stopped):
+            run(*request_of(small, tmp_path / "out"))
+    assert made == [128, 60]
 
 
 def test_what_is_not_defined_is_null(small, tmp_path, monkeypatch, capsys):

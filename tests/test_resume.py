@@ -38,7 +38,7 @@ from nnunet_ima.evaluation.merge import conditions_of, merge
 from nnunet_ima.evaluation.models import TrainedModel, load_model
 from nnunet_ima.evaluation.progress import Progress
 from nnunet_ima.evaluation.records import Records, part_folders
-from nnunet_ima.evaluation.run import Runner, default_batch_size, samples_in_a_pass
+from nnunet_ima.evaluation.run import BATCH_SIZE, Runner, default_batch_size, samples_in_a_pass, whole_passes
 from nnunet_ima.evaluation.sources import SOURCES
 
 WAY = (
@@ -837,14 +837,23 @@ def test_a_batch_that_fails_for_want_of_memory_does_not_count(std_2d, tmp_path, 
         ("cpu", 30, (320, 256), 1, 1),  # heart
         ("cpu", 9, (40, 56, 40), 1, 1),
         ("mps", 366, (56, 40), 16, 64),
-        ("cuda", 366, (56, 40), 128, 64),
-        ("cuda", 30, (320, 256), 15, 64),
+        ("cuda", 366, (56, 40), 128, 128),
+        ("cuda", 192, (56, 40), 96, 96),
+        ("cuda", 96, (128, 128), 48, 48),
+        ("cuda", 30, (320, 256), 15, 60),
     ],
 )
 def test_samples_in_flight_are_as_few_as_cost_little(device, planned, patch, chunk, batch):
     model = cast(TrainedModel, SimpleNamespace(configuration=SimpleNamespace(patch_size=patch, batch_size=planned)))
     assert samples_in_a_pass(model, torch.device(device)) == chunk
     assert default_batch_size(model, torch.device(device)) == batch
+
+
+@given(st.integers(1, 1000))
+def test_by_default_a_gpu_attacks_whole_passes_and_no_more_than_it_must(chunk):
+    samples = whole_passes(chunk)
+    assert samples % chunk == 0
+    assert samples <= max(BATCH_SIZE, chunk) < samples + chunk
 
 
 def test_that_many_are_attacked_at_once(std_2d, tmp_path, bars):
