@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
                 found = {"rows": measure_attacks(attacked, names, options.level, options.samples, device)}
                 found |= {"level": f"L2 {options.level}", "samples": options.samples}
             else:
-                found = {"rows": measure_savings(ground, device, options.steps, options.warm_up, title)}
+                found = measure_savings(ground, device, options.steps, options.warm_up, title)
             result.setdefault(dimension, {})[part] = {"conditions": _conditions(options, device), **found}
             result["settings"] = {**SETTINGS, "margins": {"mean": MARGIN, "standard_deviation": SPREAD}}
             options.results.mkdir(parents=True, exist_ok=True)

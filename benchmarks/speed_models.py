@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hippocampus_small import IMA_ALL, LENGTH, NETWORK, STD
+from study_machines import available_cores
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.demo import PHANTOM_ENHANCEMENT
@@ -86,13 +87,19 @@ def find_ground(
     if device == "cpu" and dimension == "2d" and models is not None:
         return _ready(models)
     network = SMALL[dimension] if device == "cpu" else PLANNED[dimension]
-    pipeline = Pipeline(work / f"{dimension}_{network.name}", "nnUNetPlansSpeed", network, device, compiled=compiled)
+    folder, workers = work / f"{dimension}_{network.name}", workers_for(device)
+    pipeline = Pipeline(folder, "nnUNetPlansSpeed", network, device, workers, compiled=compiled)
     task = data or make_phantom_task(work / "Task901_Phantom", CASES, enhancement=PHANTOM_ENHANCEMENT)
     dataset = pipeline.prepare(_some_cases(task, work))
     method = Method(f"stock {dimension}, half-trained", "nnUNetTrainerSTD", LENGTHS[dimension])
     pipeline.write_plans(dataset, [method])
     pipeline.train(dataset, method)
     return Ground(pipeline, dataset, method)
+
+
+def workers_for(device: str) -> int:
+    """Processes that augment: a GPU waits for the augmentation of nnU-Net's batches, and a core is left for it."""
+    return max(1, available_cores() - 1) if device == "cuda" else 1
 
 
 def _ready(models: Path) -> Ground:

@@ -147,6 +147,9 @@ class PlainIMA(nnUNetTrainerIMA):
         if self.device.type == "cpu":
             self.attack_autocast = nullcontext
 
+    def _keep_graphs(self) -> None:
+        """None: its passes ask no oracle, so that graphs would only take memory."""
+
     def adversarial_step(self, batch: Batch) -> Step:
         """Lines 2 to 17."""
         images, targets, settings = batch.images, batch.targets, self.settings

@@ -10,19 +10,24 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
 from speed_models import Ground
-from speed_trainers import IMA, KINDS, STOCK, TE, at_work, make, make_stock, measure, prepare_step
-from torch import Tensor
+from speed_trainers import IMA, KINDS, STOCK, TE, at_work, capture_graphs, make, make_stock, measure, prepare_step
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from nnunet_ima.attacks.graphs import CudaGraphs
 from nnunet_ima.attacks.oracle import Ascent, Oracle
 from nnunet_ima.lp import lp_norm, per_sample
+from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
 
 MOMENTUM = 0.75
+FEW_SIZES = 4
+# Each size with and without a gradient, in either precision, and what training passes need where nnU-Net compiles.
+MOST_VARIANTS = 64
 
 
 class Saving(NamedTuple):
@@ -32,15 +37,51 @@ class Saving(NamedTuple):
         predicted: by what share of a step it was thought to be shorter, before it was measured, and why.
         settings: that differ.
         change: what is done to the trainer.
+        missing: of IMA as it is, why the change cannot be measured here; None where it can.
+        kind: of the trainer.
     """
 
     predicted: str
     settings: Mapping[str, Any]
     change: Callable[[Any], None] | None = None
+    missing: Callable[[Any], str | None] = lambda _: None
+    kind: type[Any] = KINDS[IMA]
 
 
 def _single(trainer: Any) -> None:
     trainer.attack_autocast = nullcontext
+
+
+def _is_single(trainer: Any) -> str | None:
+    return "attack passes are in single precision as it is" if trainer.attack_autocast is nullcontext else None
+
+
+def _without_graphs(trainer: Any) -> None:
+    trainer._graphs = None
+
+
+def _with_graphs_of_few_sizes(trainer: Any) -> None:
+    trainer._graphs = CudaGraphs(trainer._graphs.sizes[-1], FEW_SIZES)
+
+
+def _has_no_graphs(trainer: Any) -> str | None:
+    if trainer._graphs is None:
+        return "IMA's attack passes are no CUDA graphs here"
+    refused: str | None = trainer._graphs.refused
+    return refused
+
+
+class CompiledIMA(nnUNetTrainerIMA):
+    """IMA with compiled attack passes, each size for itself: with sizes left open kernels are slower."""
+
+    _compiled: nn.Module | None = None
+
+    @property
+    def attacked_network(self) -> nn.Module:
+        """The compiled one."""
+        if self._compiled is None:
+            self._compiled = cast(nn.Module, torch.compile(self.bare_network, dynamic=False))
+        return self._compiled
 
 
 def _channels_last(trainer: Any) -> None:
@@ -53,7 +94,7 @@ class _Momentum:
 
     def __init__(self, oracle: Oracle) -> None:
         self._oracle = oracle
-        self._sums: dict[int, Tensor] = {}
+        self._sums: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._oracle, name)
@@ -61,10 +102,10 @@ class _Momentum:
     def ascent(self, images: Tensor, index: Tensor, progress: float = 0.0) -> Ascent:
         found = self._oracle.ascent(images, index, progress=progress)
         unit = found.gradient / per_sample(lp_norm(found.gradient, "l2").clamp_min(1e-30), images)
-        rows = index.tolist()
-        for row, (sample, own) in enumerate(zip(rows, unit, strict=True)):
-            self._sums[sample] = unit[row] = own + MOMENTUM * self._sums.get(sample, torch.zeros_like(own))
-        return found._replace(gradient=unit)
+        if self._sums is None:
+            self._sums = unit.new_zeros((len(self._oracle.target), *unit.shape[1:]))
+        self._sums[index] = unit + MOMENTUM * self._sums[index]
+        return found._replace(gradient=self._sums[index])
 
 
 def _with_momentum(trainer: Any) -> None:
@@ -122,26 +163,48 @@ SAVINGS: dict[str, Saving] = {
     "20 ascents with momentum": Saving("none, unless samples cross earlier", {}, _with_momentum),
     "start where an attack on the same patch ended": Saving("samples cross at once, or after few steps", {}, _warm),
     "6 bisections instead of 10": Saving("8 %: four forward passes of the crossed samples", {"bisections": 6}),
-    "attack passes in single precision": Saving("longer where they are in another one (CUDA, AMX)", {}, _single),
+    "attack passes in single precision": Saving(
+        "longer where they are in another one (CUDA, AMX)", {}, _single, _is_single
+    ),
+    "no CUDA graphs": Saving(
+        "longer: the GPU waits for Python with few samples left", {}, _without_graphs, _has_no_graphs
+    ),
+    "CUDA graphs of four sizes": Saving(
+        "a little longer: passes hold more zeros", {}, _with_graphs_of_few_sizes, _has_no_graphs
+    ),
+    "CUDA graphs of four sizes, compiled": Saving(
+        "30 to 40 %", {}, _with_graphs_of_few_sizes, _has_no_graphs, CompiledIMA
+    ),
     "network in channels-last": Saving("some %: oneDNN's own layout, for training passes too", {}, _channels_last),
 }
 
 
-def measure_savings(ground: Ground, device: torch.device, steps: int, warm_up: int, title: str) -> list[dict[str, Any]]:
-    """One row for each change: seconds as a share of IMA's step, passes, and what is found."""
-    with at_work(ground):
+def measure_savings(ground: Ground, device: torch.device, steps: int, warm_up: int, title: str) -> dict[str, Any]:
+    """``rows``, one for each change: seconds as a share of IMA's step, passes, and what is found.
+
+    ``left_out`` says of the others why they cannot be measured on this device.
+    """
+    left_out: dict[str, str] = {}
+    # By default torch compiles eight variants of a function, and runs others eagerly under the name of compiled ones.
+    with at_work(ground), torch._dynamo.config.patch(recompile_limit=MOST_VARIANTS, fail_on_recompile_limit_hit=True):
         trainers = {STOCK: make_stock(ground, device), IMA: make(KINDS[IMA], ground, device)}
-        single = trainers[IMA].attack_autocast is nullcontext
-        for name, saving in SAVINGS.items():
-            if saving.change is _single and single:
-                continue
-            trainers[name] = make(KINDS[IMA], ground, device, **saving.settings)
-            if saving.change is not None:
-                saving.change(trainers[name])
         loader = make(KINDS[TE], ground, device).dataloader_train
+        batch = next(loader)
+        capture_graphs(trainers[IMA], batch)
+        for name, saving in SAVINGS.items():
+            reason = saving.missing(trainers[IMA])
+            if reason is None:
+                changed = make(saving.kind, ground, device, **saving.settings)
+                if saving.change is not None:
+                    saving.change(changed)
+                reason = _not_captured(changed, batch)
+            if reason is None:
+                trainers[name] = changed
+            else:
+                left_out[name] = reason
         found = measure(trainers, loader, steps, warm_up, title)["rows"]
         strengths = _strengths(trainers, loader, max(3, steps // 2))
-    return [
+    rows = [
         {
             "change": name,
             "predicted": SAVINGS[name].predicted if name in SAVINGS else None,
@@ -153,6 +216,17 @@ def measure_savings(ground: Ground, device: torch.device, steps: int, warm_up: i
         for name in trainers
         if name != STOCK
     ]
+    return {"rows": rows, "left_out": left_out}
+
+
+def _not_captured(trainer: Any, batch: Mapping[str, Any]) -> str | None:
+    """Capture, and compile, all that a step asks; what went wrong, as other passes must not bear the change's name."""
+    try:
+        capture_graphs(trainer, batch)
+    except RuntimeError as error:  # what cannot be compiled is one, and so is too little memory
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    refused: str | None = trainer._graphs.refused if trainer._graphs is not None else None
+    return refused
 
 
 def _strengths(trainers: Mapping[str, Any], loader: Any, batches: int) -> dict[str, dict[str, float]]:

@@ -113,4 +113,6 @@ def _savings(found: Mapping[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]
-    return f"{text}\n\n{_rows(header, rows)}"
+    left_out = [f"{name} ({reason})" for name, reason in found.get("left_out", {}).items()]
+    ending = f"\n\nNot measured here: {'; '.join(left_out)}." if left_out else ""
+    return f"{text}\n\n{_rows(header, rows)}{ending}"

@@ -411,17 +411,17 @@ def test_by_default_passes_are_full(small, tmp_path, monkeypatch):
     """As on a GPU, where one holds 128 samples; the choice of the size is tested beside it."""
     made: list[int] = []
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def attacker(evaluation: Evaluation, *_: object) -> None:
         made.append(evaluation.batch_size)
-        raise Stopped
+        raise StoppedError
 
     monkeypatch.setattr(attack_scans, "_Attacker", attacker)
     for samples in (128, 15):
         monkeypatch.setattr(attack_scans, "samples_in_a_pass", lambda *_, samples=samples: samples)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             run(*request_of(small, tmp_path / "out"))
     assert made == [128, 60]
 

@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nnunet_project import PLANS
 from tiny_networks import make_problem, seeded
 from torch.nn import functional
@@ -25,8 +28,10 @@ import speed
 import speed_attacks
 import speed_clock
 import speed_memory
+import speed_models
 import speed_plain
 import speed_savings
+import speed_table
 import speed_trainers
 from speed_clock import ATTACK_PASSES, BOOKKEEPING, TRAINING_PASSES, Clock
 from speed_memory import RESET, peak, reset_peak
@@ -35,11 +40,14 @@ from speed_plain import Ball, PlainNetwork, plain_gen_adv, plain_pgd
 
 from nnunet_ima.attacks import PGD
 from nnunet_ima.attacks.bpgd import generate_adversarial
-from nnunet_ima.attacks.oracle import Oracle, undisturbed
+from nnunet_ima.attacks.graphs import CudaGraphs
+from nnunet_ima.attacks.oracle import Ascent, Oracle, undisturbed
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.pipeline import Method, Pipeline, SmallNetwork
 from nnunet_ima.threat import ThreatModel
 
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine")
 STEPS, BISECTIONS = 8, 6
 # Of the tiny networks, which learned for seconds.
 TINY = {"dice_threshold": 0.3, "robust_every": 0}
@@ -302,6 +310,20 @@ def test_graphs_of_all_sizes_are_captured_before_anything_is_timed(ground):
 
 
 @pytest.mark.parametrize("configuration", ["2d_tiny"])
+def test_graphs_are_kept_for_ima_and_none_for_the_straightforward_step(ground, monkeypatch):
+    """It never replays them; they would be called its memory, and its precision."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**30, 2**30))
+    for name in ("max_memory_reserved", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    for kind in (speed_trainers.IMA, speed_trainers.PLAIN):
+        with speed_trainers.at_work(ground):
+            trainer = speed_trainers.make(speed_trainers.KINDS[kind], ground, CPU, **SHORT)
+            with patch.object(trainer, "device", torch.device("cuda")):
+                trainer._keep_graphs()
+        assert (trainer._graphs is None) is (kind == speed_trainers.PLAIN)
+
+
+@pytest.mark.parametrize("configuration", ["2d_tiny"])
 def test_nothing_is_attacked_to_load_batches_for_memory(ground, monkeypatch):
     """A CPU with AMX would measure its precision with attacks of its own, in the memory that is measured."""
     made: list[tuple[Any, str]] = []
@@ -381,10 +403,16 @@ def test_without_its_one_difference_a_change_is_ima_as_it_is(ground, monkeypatch
     monkeypatch.setattr(speed_savings, "MOMENTUM", 0.0)
     momentum, warm = "20 ascents with momentum", "start where an attack on the same patch ended"
     fewer = "10 ascents instead of 20"
-    chosen = {name: speed_savings.SAVINGS[name] for name in (momentum, warm, fewer)}
+    on_cuda = ("no CUDA graphs", "CUDA graphs of four sizes", "CUDA graphs of four sizes, compiled")
+    chosen = {name: speed_savings.SAVINGS[name] for name in (momentum, warm, fewer, *on_cuda)}
     monkeypatch.setattr(speed_savings, "SAVINGS", chosen)
-    rows = {row["change"]: row for row in speed_savings.measure_savings(ground, torch.device("cpu"), 1, 0, "")}
+    found = speed_savings.measure_savings(ground, CPU, 1, 0, "")
+    rows = {row["change"]: row for row in found["rows"]}
     assert list(rows) == ["IMA", momentum, warm, fewer]
+    assert list(found["left_out"]) == list(on_cuda)
+    page = speed_table._savings(found)
+    for name in on_cuda:
+        assert f"{name} (IMA's attack passes are no CUDA graphs here)" in page
     strength = ("loss", "distance", "margin")
     assert [rows["IMA"][key] for key in strength] == [1, 1, 1]
     assert [rows[momentum][key] for key in strength] == pytest.approx([1, 1, 1], abs=1e-4)
@@ -393,8 +421,102 @@ def test_without_its_one_difference_a_change_is_ima_as_it_is(ground, monkeypatch
         assert [rows[other][key] for key in strength] != pytest.approx([1, 1, 1], abs=1e-4)
     monkeypatch.setattr(speed_savings._WarmStart, "attack_before", lambda *_: None)
     monkeypatch.setattr(speed_savings, "SAVINGS", {warm: chosen[warm]})
-    rows = {row["change"]: row for row in speed_savings.measure_savings(ground, torch.device("cpu"), 1, 0, "")}
+    rows = {row["change"]: row for row in speed_savings.measure_savings(ground, CPU, 1, 0, "")["rows"]}
     assert [rows[warm][key] for key in strength] == pytest.approx([1, 1, 1], abs=1e-4)
+
+
+def summed_sample_by_sample(gradients: list[torch.Tensor], chosen: list[list[int]]) -> list[torch.Tensor]:
+    """MI-FGSM's sums as one writes them down."""
+    sums: dict[int, torch.Tensor] = {}
+    answers = []
+    for gradient, index in zip(gradients, chosen, strict=True):
+        unit = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
+        for row, sample in enumerate(index):
+            sums[sample] = unit[row] = unit[row] + speed_savings.MOMENTUM * sums.get(sample, 0 * unit[row])
+        answers.append(unit)
+    return answers
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, unique=True), min_size=1, max_size=5), st.integers(0, 99))
+def test_momentum_is_each_samples_own_whichever_are_still_attacked(chosen, seed):
+    generator = seeded(seed)
+    gradients = [torch.randn((len(index), 2, 3, 3), generator=generator, dtype=torch.float64) for index in chosen]
+    answers = iter([Ascent(torch.zeros(len(one)), one, torch.zeros(len(one))) for one in gradients])
+    asked = SimpleNamespace(target=torch.zeros(6, 1, 3, 3), ascent=lambda *_, **__: next(answers))
+    oracle = speed_savings._Momentum(asked)
+    found = [oracle.ascent(torch.zeros(len(i), 2, 3, 3), torch.tensor(i)).gradient for i in chosen]
+    for one, other in zip(found, summed_sample_by_sample(gradients, chosen), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+class Noting(torch.nn.Module):
+    """In place of a compiled network: notes for how many images it answers."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.asked: list[int] = []
+
+    def forward(self, images: torch.Tensor) -> Any:
+        self.asked.append(len(images))
+        return self.inner(images)
+
+
+@pytest.mark.parametrize("configuration", ["2d_tiny"])
+def test_changes_to_cuda_graphs_are_what_their_names_say(ground, monkeypatch):
+    compiled: list[Noting] = []
+    monkeypatch.setattr(torch, "compile", lambda network, **_: compiled.append(Noting(network)) or compiled[-1])
+    with speed_trainers.at_work(ground):
+        trainer = speed_trainers.make(speed_savings.CompiledIMA, ground, CPU, **SHORT)
+        batch = next(trainer.dataloader_train)
+        trainer._graphs = RecordingGraphs()
+        assert speed_savings._has_no_graphs(trainer) is None
+        assert speed_savings._not_captured(trainer, batch) is None
+        # Each size once for the gradient and once for the Dice, and what the step before them asked.
+        (network,) = compiled
+        assert network.asked[-6:] == [1, 1, 3, 3, 4, 4]
+        trainer._graphs.refused = "no kernel"
+        assert speed_savings._not_captured(trainer, batch) == speed_savings._has_no_graphs(trainer) == "no kernel"
+        monkeypatch.setattr(trainer._graphs, "ask", lambda *_: raise_(RuntimeError("no\n compiler")))
+        assert speed_savings._not_captured(trainer, batch) == "no compiler"
+    trainer._graphs = CudaGraphs(366, 12)
+    speed_savings.SAVINGS["CUDA graphs of four sizes, compiled"].change(trainer)
+    assert trainer._graphs.sizes == CudaGraphs(366, 4).sizes
+    speed_savings.SAVINGS["no CUDA graphs"].change(trainer)
+    assert trainer._graphs is None
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+@needs_gpu
+@pytest.mark.parametrize("configuration", ["2d_tiny"])
+def test_changes_to_cuda_graphs_are_measured_on_a_gpu(ground, monkeypatch):
+    inner = speed_savings.make
+    monkeypatch.setattr(speed_savings, "make", lambda *args, **settings: inner(*args, **{**settings, **TINY}))
+    chosen = {name: saving for name, saving in speed_savings.SAVINGS.items() if "CUDA graphs" in name}
+    monkeypatch.setattr(speed_savings, "SAVINGS", chosen)
+    found = speed_savings.measure_savings(ground, torch.device("cuda"), 1, 0, "")
+    assert found["left_out"] == {}
+    assert [row["change"] for row in found["rows"]] == ["IMA", *chosen]
+    for row in found["rows"]:
+        assert [row[key] for key in ("loss", "distance", "margin")] == pytest.approx([1, 1, 1], abs=0.05)
+
+
+@pytest.mark.parametrize(("device", "cores", "workers"), [("cuda", 16, 15), ("cuda", 1, 1), ("cpu", 16, 1)])
+def test_what_is_trained_on_a_gpu_is_augmented_on_all_cores(device, cores, workers, tmp_path, monkeypatch):
+    given_workers: list[int] = []
+
+    def pipeline(output: Path, plans: str, network: object, device: str, workers: int = 1, **_: object) -> None:
+        given_workers.append(workers)
+        raise UserError("that will do")
+
+    monkeypatch.setattr(speed_models, "available_cores", lambda: cores)
+    monkeypatch.setattr(speed_models, "Pipeline", pipeline)
+    with pytest.raises(UserError, match="that will do"):
+        speed_models.find_ground("3d", None, None, tmp_path, device)
+    assert given_workers == [workers]
 
 
 def test_the_first_straightforward_pgd_is_not_timed(monkeypatch):
