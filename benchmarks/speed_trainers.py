@@ -82,8 +82,10 @@ def make(kind: type[Any], ground: Ground, device: torch.device, **settings: Any)
     getattr(trainer.network, "_orig_mod", trainer.network).load_state_dict(weights)
     trainer.on_train_start()
     # The first one chooses the precision of the attack, on a GPU the second one takes up CUDA graphs.
-    for _ in range(2):
-        trainer.on_train_epoch_start()
+    trainer.on_train_epoch_start()
+    if hasattr(trainer, "note_memory"):
+        trainer.note_memory()
+    trainer.on_train_epoch_start()
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0
     return trainer

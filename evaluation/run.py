@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -285,7 +286,11 @@ class Runner:
     def _run(self, choice: AttackChoice | None, condition: Condition, samples: Sequence[Sample], passes: int) -> None:
         """Attack these samples, and score the cases that are finished with them."""
         self._score_finished(choice, condition, self._samples_of, passes)
+        begun = time.perf_counter()
         self._attack_in_batches(choice, condition, samples, passes)
+        if choice is not None and samples and self.evaluation.progress:
+            seconds = time.perf_counter() - begun
+            tqdm.write(f"{condition}: {len(samples)} samples attacked, scored and noted in {seconds:.1f} s.")
         # Only now is it known which samples are shown. These are not in the bar: there are none but after a damage.
         lost = self.records.lost_examples(condition)
         self._attack_in_batches(choice, condition, [s for s in self.selection.samples if _key(s) in lost], 0)

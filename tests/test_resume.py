@@ -865,6 +865,30 @@ def test_that_many_are_attacked_at_once(std_2d, tmp_path, bars):
     assert max(bar.counts) == default_batch_size(model, torch.device("cpu")) == 32
 
 
+def test_it_is_said_how_long_the_samples_of_this_call_took(std_2d, tmp_path, capsys, monkeypatch):
+    """Of the second call the half that the first one left; of the clean pass nothing."""
+    clock = iter(range(0, 9000, 100))
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    inner, batches = Runner.attack, []
+
+    def stopping(self: Runner, choice: Any, condition: Any, batch: Any, watch: Any = None) -> Any:
+        batches.append(condition)
+        if choice and len(batches) == 4:
+            raise KeyboardInterrupt
+        return inner(self, choice, condition, batch, watch)
+
+    monkeypatch.setattr(Runner, "attack", stopping)
+    way = ["evaluate", "-m", str(std_2d), "-o", str(tmp_path / "run"), "--levels", "2", "--attacks", "apgd:steps=1"]
+    way += ["--max-samples", "8", "--batch-size", "4", "--no-cases", "-device", "cpu"]
+    assert main(way) == 130
+    capsys.readouterr()
+    assert main(way) == 0
+    written = capsys.readouterr()
+    (sentence,) = [line for line in (written.out + written.err).splitlines() if "samples attacked" in line]
+    assert sentence.endswith(": 4 samples attacked, scored and noted in 100.0 s.")
+    assert "apgd:steps=1" in sentence
+
+
 # ---- too little memory
 
 

@@ -312,6 +312,7 @@ def test_graphs_of_all_sizes_are_captured_before_anything_is_timed(ground):
 @pytest.mark.parametrize("configuration", ["2d_tiny"])
 def test_graphs_are_kept_for_ima_and_none_for_the_straightforward_step(ground, monkeypatch):
     """It never replays them; they would be called its memory, and its precision."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(name="GPU", total_memory=2**30))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**30, 2**30))
     for name in ("max_memory_reserved", "memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
@@ -319,6 +320,7 @@ def test_graphs_are_kept_for_ima_and_none_for_the_straightforward_step(ground, m
         with speed_trainers.at_work(ground):
             trainer = speed_trainers.make(speed_trainers.KINDS[kind], ground, CPU, **SHORT)
             with patch.object(trainer, "device", torch.device("cuda")):
+                trainer.note_memory()
                 trainer._keep_graphs()
         assert (trainer._graphs is None) is (kind == speed_trainers.PLAIN)
 

@@ -42,6 +42,7 @@ from nnunet_ima.precision import Autocast, faster_autocast, precision_of, traini
 from nnunet_ima.primitives import keep_primitives
 from nnunet_ima.robust_dice import RobustDice
 from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Origin, Plan, Settings, configure, validate
+from nnunet_ima.step_memory import StepMemory, name_of_gpu
 from nnunet_ima.threads import use_threads_as_told
 from nnunet_ima.threat import ThreatModel, freeze_channels, freeze_voxels, image_range
 from nnunet_ima.tile_loader import TileDataLoader
@@ -140,7 +141,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self._graphs: CudaGraphs | None = None
         self._refusal_told = False
         self._no_room = False
-        self._epochs_here = 0
+        # None before the first epoch on a GPU.
+        self._memory: StepMemory | None = None
         # Whether it started with -pretrained_weights, of which nnU-Net tells a trainer nothing.
         self._unknown_start = False
         # Cases that the weights learned from before this training.
@@ -236,6 +238,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             self.load_method_state(self._saved["state"])
             self._take_up_precision(self._saved.get("attacks_mixed"), self._saved.get("attacks_mixed_in", "float16"))
             self._unknown_start = bool(self._saved.get("started_from_unknown"))
+            memory = self._saved.get("memory")
+            self._memory = None if memory is None else StepMemory.from_dict(memory)
         known = self._learned_before & self._cases_of(self.dataloader_val)
         if known and self.fold != "all":
             self.print_to_log_file(
@@ -351,7 +355,6 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         Measured with the inner attack's own steps on fixed validation patches, as often as the robust Dice is.
         """
         mixed = self._faster_autocast()
-        self._epochs_here += 1
         every = self.settings.robust_every or Settings.robust_every
         if mixed is nullcontext or (self._attacks_mixed is not None and self.current_epoch % every):
             self._keep_graphs()
@@ -410,21 +413,36 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             return attack_strength(oracle, exact, threat, images, start, steps, settings.step_factor / steps)
 
     def _keep_graphs(self) -> None:
-        """From the second epoch on, attack passes as CUDA graphs, of the sizes that the method needs, if there is room.
+        """Attack passes as CUDA graphs, of the sizes that the method needs, once it is known that there is room.
 
-        They hold on to memory, at most as much as the first epoch needed, which the training pass cannot use.
+        They hold on to memory, at most as much as the first epoch needed, which the training pass cannot use. No fewer
+        steps tell how much that is: IMA's first ones may perturb nothing. A training that goes on has it from its
+        checkpoint, if that is of the same GPU.
         """
-        if self.device.type != "cuda" or self._graphs is not None or self._epochs_here < 2 or self._no_room:
+        if self.device.type != "cuda" or self._graphs is not None or self._no_room:
             return
-        free, used = torch.cuda.mem_get_info(self.device)[0], torch.cuda.max_memory_reserved(self.device)
-        if free < used:
+        if self._memory is None or self._memory.gpu != name_of_gpu(self.device):
+            return
+        needed = self._memory.needed
+        # What this process has reserved is the training's, too.
+        room = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        if room < needed:
             self._no_room = True
             self.print_to_log_file(
-                f"Attack passes run without CUDA graphs, which is slower: these may need {used / 2**30:.1f} GiB, and "
-                f"{free / 2**30:.1f} GiB are free."
+                f"Attack passes run without CUDA graphs, which is slower: with them the training may need "
+                f"{needed / 2**30:.1f} GiB, and there are {room / 2**30:.1f} GiB for it."
             )
             return
         self._graphs = CudaGraphs(self.attack_chunk or self.batch_size, self.attack_sizes)
+
+    def note_memory(self) -> None:
+        """Note what the steps so far took of the GPU's memory; on a CPU do nothing."""
+        if self.device.type != "cuda":
+            return
+        gpu, reserved = name_of_gpu(self.device), torch.cuda.max_memory_reserved(self.device)
+        if self._memory is None or self._memory.gpu != gpu:
+            self._memory = StepMemory(gpu, reserved, reserved)
+        self._memory = self._memory.after(reserved)
 
     def attack_oracle(self, targets: Outputs, loss: LossFunction, criterion: DiceCriterion | None) -> Oracle:
         """What an inner attack asks the network, in the precision and in the passes that the epoch attacks with.
@@ -590,6 +608,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log as nnU-Net does, then the method's own values, over all ranks."""
+        self.note_memory()
         counts = _sums(self.from_all_ranks(_sums([c for output in train_outputs for c in output.pop("counts")])))
         if self._graphs is not None and self._graphs.refused is not None and not self._refusal_told:
             self._refusal_told = True
@@ -648,6 +667,8 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         measured: dict[str, Any] = {"attacks_mixed": self._attacks_mixed}
         if self._attacks_mixed is not None:
             measured["attacks_mixed_in"] = precision_of(self._faster_autocast(), self.device)
+        if self._memory is not None:
+            measured["memory"] = self._memory.as_dict()
         self.my_init_kwargs[KEY] = {**self.described(), **measured, "state": self.method_state()}
         try:
             self._write(Path(filename), super().save_checkpoint)
