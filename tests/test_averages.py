@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunet_project import make_trainer, quiet
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from slow_averages import SlowAverages
 from tiny_networks import seeded
 from torch import Tensor
 
-from nnunet_ima.averages import PredictionAverages
+from nnunet_ima.averages import PredictionAverages, checkpoint_bytes, memory_bytes
 from nnunet_ima.coordinate_loader import CoordinateDataLoader
 from nnunet_ima.errors import UserError
-from nnunet_ima.trainers.nnUNetTrainerTE import nnUNetTrainerTE
+from nnunet_ima.trainers.nnUNetTrainerTE import nnUNetTrainerTE, place_of_averages
 
 SHAPE = (3, 5, 6)
 seeds = st.integers(0, 10_000)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine")
 
 
 def whole(shape=SHAPE) -> Tensor:
@@ -114,11 +120,10 @@ def test_a_state_that_is_saved_and_loaded_is_the_same(seed):
     for prediction in predictions(seed, 2):
         averages.update("a", whole(), prediction)
     again = PredictionAverages(0.9, {"a": SHAPE}, 2)
-    # As from a checkpoint; what is loaded is taken over, not copied.
     state = copy.deepcopy(averages.state_dict())
     again.load_state_dict(state)
+    assert state == {}  # there must not be two copies in memory
     assert torch.equal(again.read("a", whole())[0], averages.read("a", whole())[0])
-    assert again.state_dict()["a"]["sums"].data_ptr() == state["a"]["sums"].data_ptr()
     again.update("a", whole(), predictions(seed + 5, 1)[0])
     assert not torch.equal(again.read("a", whole())[0], averages.read("a", whole())[0])
 
@@ -167,7 +172,153 @@ def test_the_memory_that_is_announced_is_the_memory_that_is_taken(shapes, heads)
     for case, shape in cases.items():
         averages.update(case, whole(shape), torch.rand((heads, *shape)))
     tensors = [tensor for stored in averages.state_dict().values() for tensor in stored.values()]
-    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == averages.bytes_needed
+    saved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert saved == checkpoint_bytes(cases, heads)
+    voxels = sum(changed.numel() * changed.element_size() for *_, changed in averages.changes().values())
+    assert saved + voxels == memory_bytes(cases, heads)
+
+
+def a_batch(seed: int, flat: bool, patches: int, heads: int) -> tuple[dict[str, Any], list[str], Tensor, Tensor]:
+    """Shapes of three cases, and a batch of patches of them: turned, scaled, partly outside, partly no number."""
+    generator = seeded(seed)
+    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))  # noqa: E731 (one line)
+    shapes = {case: (draw(1, 5), draw(1, 7), draw(1, 7)) for case in "abc"}
+    patch = (draw(1, 6), draw(1, 6)) if flat else (draw(1, 4), draw(1, 4), draw(1, 4))
+    cases, coordinates = [], []
+    for _ in range(patches):
+        cases.append("abc"[draw(0, 2)])
+        grid = whole((1, *patch) if flat else patch).flatten(1)
+        if draw(0, 3):
+            turn = torch.randn((3, 3), generator=generator) / 2
+            grid = turn @ grid + torch.rand((3, 1), generator=generator) * torch.tensor(shapes[cases[-1]])[:, None]
+        if flat:
+            grid[0] = draw(0, shapes[cases[-1]][0] - 1)
+        # Some beyond the border, whose value they get; some nowhere.
+        nowhere = torch.rand(grid.shape[1], generator=generator) < 0.2
+        coordinates.append(torch.where(nowhere, torch.nan, grid).reshape(3, *patch))
+    predicted = torch.rand((patches, heads, *patch), generator=generator)
+    bad = torch.rand(predicted.shape, generator=generator)
+    predicted[bad < 0.04], predicted[bad < 0.02] = torch.nan, torch.inf
+    return shapes, cases, torch.stack(coordinates), predicted
+
+
+def compare_with_slow(fast: PredictionAverages, slow: SlowAverages, cases, coordinates, predicted) -> None:
+    """Patch by patch: update, then read."""
+    found, known = (part.cpu() for part in fast.update_and_read(cases, coordinates, predicted))
+    for case, place, prediction, mine, has_average in zip(cases, coordinates, predicted, found, known, strict=True):
+        slow.update(case, place, prediction)
+        sums, weight = slow.read(case, place)
+        # Whether there is one may be a matter of rounding only at the threshold itself.
+        clear = (weight - 1e-3).abs() > 1e-5
+        assert torch.equal(has_average[clear], (weight > 1e-3)[clear])
+        expected = torch.where(weight > 1e-3, sums / weight, sums)
+        # Half precision may round another way; of two such sums and weights where the weight is small, the ratio more.
+        torch.testing.assert_close(mine * weight, expected * weight, atol=2e-3, rtol=0)
+        assert not mine[:, place.isnan().any(0)].any()
+    state = fast.state_dict()
+    assert set(state) == {case for case, weights in slow.weights.items() if weights.any()}
+    for case, stored in state.items():
+        for kind, expected in (("sums", slow.sums[case]), ("weights", slow.weights[case])):
+            torch.testing.assert_close(stored[kind], expected, atol=1e-3, rtol=0)
+
+
+batches = {"flat": st.booleans(), "patches": st.integers(1, 7), "heads": st.integers(1, 3)}
+
+
+@settings(max_examples=40)
+@given(seeds, st.sampled_from([0.0, 0.5, 0.9]), *batches.values())
+def test_a_batch_is_what_its_patches_are_one_after_the_other(seed, momentum, flat, patches, heads):
+    shapes, cases, coordinates, predicted = a_batch(seed, flat, patches, heads)
+    fast, slow = PredictionAverages(momentum, shapes, heads), SlowAverages(momentum, shapes, heads)
+    for turn in range(2):
+        order = seeded(seed + turn).initial_seed() % patches  # the second batch begins with another patch
+        rolled = [cases[(i + order) % patches] for i in range(patches)]
+        compare_with_slow(fast, slow, rolled, coordinates.roll(-order, 0), predicted.roll(-order, 0))
+
+
+def test_a_second_patch_of_a_case_reads_what_the_first_wrote():
+    averages = PredictionAverages(0.5, {"a": SHAPE, "b": SHAPE}, 1)
+    predicted = torch.tensor([1.0, 0.0, 0.0]).reshape(3, 1, 1, 1, 1).expand(3, 1, *SHAPE)
+    found, known = averages.update_and_read(["a", "b", "a"], torch.stack([whole()] * 3), predicted)
+    assert known.all()
+    # Of the second, its own 0 counts twice as much as the 1 of before.
+    torch.testing.assert_close(found.amax((1, 2, 3, 4)), torch.tensor([1.0, 0.0, 1 / 3]), atol=2e-3, rtol=0)
+    torch.testing.assert_close(found.amin((1, 2, 3, 4)), torch.tensor([1.0, 0.0, 1 / 3]), atol=2e-3, rtol=0)
+
+
+@settings(max_examples=20)
+@given(seeds)
+def test_a_checkpoint_of_an_older_version_still_loads(seed):
+    """It holds two tensors a case, each in C order in memory of its own."""
+    shapes, cases, coordinates, predicted = a_batch(seed, flat=False, patches=5, heads=2)
+    slow = SlowAverages(0.9, shapes, 2)
+    for case, place, prediction in zip(cases, coordinates, predicted, strict=True):
+        slow.update(case, place, prediction)
+    seen = [case for case in shapes if slow.weights[case].any()]
+    old = {case: {"sums": slow.sums[case].clone(), "weights": slow.weights[case].clone()} for case in seen}
+    averages = PredictionAverages(0.9, shapes, 2)
+    averages.update("a", whole(shapes["a"]), torch.ones((2, *shapes["a"])))  # goes, as the checkpoint replaces it
+    averages.load_state_dict(dict(old))
+    assert averages.changes() == {}
+    assert averages.state_dict().keys() == old.keys()
+    for case, stored in averages.state_dict().items():
+        assert all(torch.equal(stored[kind], old[case][kind]) for kind in ("sums", "weights"))
+    compare_with_slow(averages, slow, cases, coordinates, predicted)
+
+
+def test_a_checkpoint_holds_the_cases_that_were_seen_and_no_others(tmp_path):
+    """Tensors that share memory are saved with all of it."""
+    shapes = {str(i): (20, 20, 20) for i in range(50)}
+    averages = PredictionAverages(0.9, shapes, 2)
+    averages.update("7", whole((20, 20, 20)), torch.rand((2, 20, 20, 20)))
+    torch.save(averages.state_dict(), tmp_path / "state.pth")
+    one = checkpoint_bytes({"7": shapes["7"]}, 2)
+    assert one < (tmp_path / "state.pth").stat().st_size < 1.1 * one
+    state = torch.load(tmp_path / "state.pth", weights_only=True)
+    assert {kind: tensor.shape for kind, tensor in state["7"].items()} == {
+        "sums": (2, 20, 20, 20), "weights": (20, 20, 20)
+    }  # fmt: skip
+    # What ranks send each other is pickled without torch.save's care for memory that is shared.
+    assert len(pickle.dumps(averages.changes())) < 1.1 * memory_bytes({"7": shapes["7"]}, 2)
+
+
+def test_a_case_takes_memory_from_its_first_update_on():
+    """In a process of its own: what tests before have freed would hide it."""
+    program = """
+import resource, torch
+from nnunet_ima.averages import PredictionAverages
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+whole = torch.zeros((3, 1, 64, 64))
+PredictionAverages(0.9, {"0": (1, 64, 64)}, 3).update_and_read(["0"], whole[None], whole[None])
+before = peak()
+averages = PredictionAverages(0.9, {str(i): (64, 256, 256) for i in range(64)}, 3)
+averages.update_and_read(["5"], whole[None], whole[None])
+print(peak() - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(ran.stdout) * 1024 < 0.1 * memory_bytes({str(i): (64, 256, 256) for i in range(64)}, 3)
+
+
+@pytest.mark.parametrize(
+    ("device", "needed", "place"),
+    [("cuda", 25, "cuda"), ("cuda", 26, "cpu"), ("cpu", 1, "cpu"), ("mps", 1, "cpu")],
+)
+def test_averages_lie_on_a_gpu_if_they_leave_most_of_its_memory(device, needed, place):
+    assert place_of_averages(needed, torch.device(device), 100).type == place
+
+
+@needs_gpu
+@settings(max_examples=20)
+@given(seeds, *batches.values())
+def test_on_a_gpu_averages_are_the_same(seed, flat, patches, heads):
+    shapes, cases, coordinates, predicted = a_batch(seed, flat, patches, heads)
+    there = PredictionAverages(0.9, shapes, heads, torch.device("cuda"))
+    slow = SlowAverages(0.9, shapes, heads)
+    compare_with_slow(there, slow, cases, coordinates, predicted)
+    assert {tensor.device.type for stored in there.state_dict().values() for tensor in stored.values()} <= {"cpu"}
+    merge_all([there, PredictionAverages(0.9, shapes, heads, torch.device("cuda"))])
+    there.load_state_dict(there.state_dict())
+    compare_with_slow(there, slow, cases, coordinates, predicted.cuda().cpu())
 
 
 # ---- through nnU-Net's own augmentation

@@ -176,7 +176,7 @@ def test_te_is_sat_with_a_pull_to_the_average_of_clean_predictions(project, resu
     for (case, _), coordinates in zip(trainer.samples_of(batch), batch["coordinates"], strict=True):
         old[case] = torch.tensor([0.2, 0.5, 0.3])
         everywhere = torch.stack(torch.meshgrid(*map(torch.arange, trainer.training_shapes[case]), indexing="ij"))
-        for _ in range(1 if case not in trainer.averages._averages else 0):
+        for _ in range(1 if case not in trainer.averages.state_dict() else 0):
             prediction = old[case].reshape(3, 1, 1, 1).expand(3, *everywhere.shape[1:])
             trainer.averages.update(case, everywhere.float(), prediction)
         assert coordinates.shape[0] == 3

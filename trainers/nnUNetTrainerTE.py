@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from nnunet_ima.attacks.oracle import finite_logits, undisturbed
-from nnunet_ima.averages import PredictionAverages
+from nnunet_ima.averages import PredictionAverages, checkpoint_bytes, memory_bytes
 from nnunet_ima.coordinate_loader import CoordinateDataLoader
 from nnunet_ima.divergence import as_list, probabilities_of, squared_distance
 from nnunet_ima.errors import UserError
@@ -26,6 +26,20 @@ from nnunet_ima.training_log import Panel
 
 # Of this machine's memory, the share that the running averages may take.
 MOST_MEMORY = 0.5
+# Of the GPU's memory that is free when a training starts, the share that they may take there. Nothing but the network
+# is in it then: the training's own passes, the optimizer, and CUDA graphs, which take as much again, are yet to come.
+MOST_FREE_MEMORY = 0.25
+
+
+def place_of_averages(needed: int, device: torch.device, free: int) -> torch.device:
+    """Where averages of ``needed`` bytes are kept: where the training is, if they fit there, else on the CPU.
+
+    Args:
+        needed: bytes.
+        device: of the training.
+        free: bytes free there.
+    """
+    return device if device.type == "cuda" and needed <= MOST_FREE_MEMORY * free else torch.device("cpu")
 
 
 class nnUNetTrainerTE(nnUNetTrainerSAT):
@@ -46,19 +60,25 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
 
     def start_method(self, samples: int) -> None:  # noqa: ARG002 (nothing here depends on it)
         """No average yet."""
-        heads = self.label_manager.num_segmentation_heads
-        self.averages = PredictionAverages(self.settings.te_momentum, self.training_shapes, heads)
-        # Each rank holds all of them.
+        heads, shapes = self.label_manager.num_segmentation_heads, self.training_shapes
+        needed, saved = memory_bytes(shapes, heads), checkpoint_bytes(shapes, heads)
+        # Each rank holds all of them, and if not there, brings them into this memory to merge and to save them.
         copies = dist.get_world_size() if self.is_ddp else 1
-        needed, memory = copies * self.averages.bytes_needed, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > MOST_MEMORY * memory:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if copies * needed > MOST_MEMORY * memory:
             raise UserError(
-                f"TE keeps an average prediction of every training case, {needed / 2**30:.1f} GiB for these; that is "
-                f"more than half of this machine's memory: train on fewer cases, or with another method."
+                f"TE keeps an average prediction of every training case, {copies * needed / 2**30:.1f} GiB for these; "
+                f"that is more than half of this machine's memory: train on fewer cases, or with another method."
             )
-        self.print_to_log_file(
-            f"TE's averages take up to {needed / 2**20:.0f} MiB of memory, and as much in a checkpoint."
-        )
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+        device = place_of_averages(needed, self.device, free)
+        self.averages = PredictionAverages(self.settings.te_momentum, shapes, heads, device)
+        taken = f"up to {copies * needed / 2**20:.0f} MiB of memory"
+        if device.type == "cuda":
+            taken = f"{needed / 2**20:.0f} MiB of the GPU's memory, from now on"
+        elif self.device.type == "cuda":
+            taken += f", not of the GPU's, of which they would take more than {MOST_FREE_MEMORY:.0%} of what is free"
+        self.print_to_log_file(f"TE's averages take {taken}; and up to {saved / 2**20:.0f} MiB in a checkpoint.")
 
     def adversarial_step(self, batch: Batch) -> Step:
         """Eq. 5: the loss and the pull at the inner maximum of both."""
@@ -93,13 +113,10 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
         assert batch.coordinates is not None
         with undisturbed(self.bare_network), torch.no_grad():
             logits = finite_logits(self.bare_network, batch.images, self.attack_autocast, len(batch.images))
-        predictions = probabilities_of(logits, self.labels.regions).cpu()
-        read = []
-        for (case, _), coordinates, prediction in zip(batch.samples, batch.coordinates, predictions, strict=True):
-            self.averages.update(case, coordinates, prediction)
-            read.append(self.averages.read(case, coordinates))
-        average, known = (torch.stack(part).to(self.device) for part in zip(*read, strict=True))
-        return average, known & self.labels.valid(first(batch.targets))
+        cases = [case for case, _ in batch.samples]
+        predictions = probabilities_of(logits, self.labels.regions)
+        average, known = self.averages.update_and_read(cases, batch.coordinates, predictions)
+        return average.to(self.device), known.to(self.device) & self.labels.valid(first(batch.targets))
 
     def te_counts(
         self, outputs: Outputs, batch: Batch, passes: int, loss: Tensor, pull: Tensor, weight: float
@@ -110,7 +127,8 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Bring the ranks' averages together, then log."""
-        self.averages.merge(self.from_all_ranks(self.averages.changes()))
+        if self.is_ddp:
+            self.averages.merge(self.from_all_ranks(self.averages.changes()))
         super().on_train_epoch_end(train_outputs)
 
     def method_state(self) -> dict[str, Any]:
