@@ -62,7 +62,7 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
         """No average yet."""
         heads, shapes = self.label_manager.num_segmentation_heads, self.training_shapes
         needed, saved = memory_bytes(shapes, heads), checkpoint_bytes(shapes, heads)
-        # Each rank holds all of them, and if not there, brings them into this memory to merge and to save them.
+        # Each rank holds all of them; those on a GPU come into this memory, too, to be merged and saved.
         copies = dist.get_world_size() if self.is_ddp else 1
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if copies * needed > MOST_MEMORY * memory:
