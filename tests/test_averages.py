@@ -257,8 +257,10 @@ def test_a_checkpoint_of_an_older_version_still_loads(seed):
     seen = [case for case in shapes if slow.weights[case].any()]
     old = {case: {"sums": slow.sums[case].clone(), "weights": slow.weights[case].clone()} for case in seen}
     averages = PredictionAverages(0.9, shapes, 2)
-    averages.update("a", whole(shapes["a"]), torch.ones((2, *shapes["a"])))  # goes, as the checkpoint replaces it
+    for case, shape in shapes.items():
+        averages.update(case, whole(shape), torch.ones((2, *shape)))  # goes, as the checkpoint replaces it
     averages.load_state_dict(dict(old))
+    assert not any(averages.read(case, whole(shapes[case]))[1].any() for case in shapes.keys() - old.keys())
     assert averages.changes() == {}
     assert averages.state_dict().keys() == old.keys()
     for case, stored in averages.state_dict().items():
