@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_of_runs import ATTACK, ENSEMBLE, NOISE, make_run
 
@@ -28,7 +29,7 @@ from nnunet_ima.evaluation.report import write_report
 from nnunet_ima.evaluation.report.attacks_run import same_attack
 from nnunet_ima.evaluation.report.charts import axis_around
 from nnunet_ima.evaluation.report.drawings import drawings_of
-from nnunet_ima.evaluation.report.figures import Setting, colours_of, settings_of
+from nnunet_ima.evaluation.report.figures import Order, Setting, colours_of, settings_of
 from nnunet_ima.evaluation.report.pictures import perturbation
 from nnunet_ima.evaluation.report.published import paper_task, published_attack, published_for
 from nnunet_ima.evaluation.report.repeat import settings_of_run, without_parts
@@ -685,6 +686,60 @@ def test_of_three_models_each_is_compared_with_the_best(tmp_path):
     assert headline(one_setting(*made)).startswith("B is more robust than C and A: ")
     near = make_run(tmp_path / "D", attacked={"5": 0.7}, title="D", seed=9)
     assert "the order is not clear" in headline(one_setting(made[0], made[1], near))
+
+
+def test_of_three_models_the_level_shown_is_one_at_which_the_winner_has_more(tmp_path):
+    """A lost ground to B at the level at which both are far ahead of C."""
+    made = [
+        make_run(tmp_path / title, attacked={"2": low, "8": high}, title=title, seed=number)
+        for number, (title, low, high) in enumerate((("A", 0.8, 0.51), ("B", 0.6, 0.524), ("C", 0.62, 0.1)))
+    ]
+    setting = one_setting(*made)
+    a, b, c = setting.runs
+    assert setting.difference(a, c, "8").interval.value > setting.difference(a, c, "2").interval.value
+    assert setting.difference(a, b, "8").interval.value < 0
+    assert (setting.telling_level, setting.shown) == ("2", b)
+    said = re.fullmatch(
+        rf"A is more robust than B and C: at L2 2, under {ATTACK}, it holds ([\d.]+) % .* Dice against ([\d.]+) % .* "
+        r"of B, ([\d.]+) points .* more\.",
+        headline(setting),
+    )
+    held, against, more = map(float, said.groups())
+    assert held - against == pytest.approx(more, abs=0.11)
+
+
+@given(st.lists(st.floats(0.05, 0.85), min_size=6, max_size=6), st.integers(0, 3))
+@settings(max_examples=15, deadline=None)
+def test_the_headline_never_says_more_of_less(dice, seed):
+    with TemporaryDirectory() as folder:
+        made = [
+            make_run(Path(folder) / title, attacked={"2": dice[2 * n], "8": dice[2 * n + 1]}, title=title,
+                     seed=seed + n, tiles=2, whole_cases=False)
+            for n, title in enumerate("ABC")
+        ]  # fmt: skip
+        setting = one_setting(*made)
+        said = re.search(r"it holds ([\d.]+) %.*? Dice against ([\d.]+) %", headline(setting))
+        if said:
+            assert float(said[1]) >= float(said[2])
+            best, *others = setting.ranked
+            for other in others:
+                if setting.order(best, other) is Order.BETTER:
+                    assert all(setting.difference(best, other, text).interval.high >= 0 for text, _ in setting.levels)
+
+
+@pytest.mark.parametrize(("lost", "said"), [(0.0, "B is more robust than A"), (0.004, "depends on the level")])
+def test_a_level_that_is_surely_lost_is_not_passed_over_however_little_it_is(tmp_path, lost, said):
+    """Less than half a point, but as sure as can be: the half point is for the mean."""
+    made = [
+        make_run(tmp_path / title, attacked={"2": two, "8": eight}, title=title)
+        for title, two, eight in (("A", 0.6, 0.3), ("B", 0.6 - lost, 0.6))
+    ]
+    setting = one_setting(*made)
+    a, b = setting.runs
+    interval = setting.difference(b, a, "2").interval
+    assert -0.005 < interval.low <= interval.high <= 0
+    assert (interval.high < 0) == (lost > 0)
+    assert said in headline(setting)
 
 
 def test_under_the_papers_protocol_the_clamp_is_not_the_attacks_work(tmp_path):

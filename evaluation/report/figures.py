@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache, cached_property
 from itertools import combinations, pairwise
 
@@ -30,6 +31,17 @@ from nnunet_ima.evaluation.summary import nothing_learned
 
 # Noise says how a model fares by chance; what an attacker can do is said by the others.
 NOISE = "white-noise"
+# Smaller differences than half a point of Dice do not matter, however sure they are.
+SMALLEST = 0.005
+
+
+class Order(Enum):
+    """How two models compare over all levels."""
+
+    BETTER = "more robust"
+    UNCLEAR = "not clearly different"
+    MIXED = "better at one level and worse at another"
+    UNPAIRED = "attacked on other samples"
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,20 +161,49 @@ class Setting:
 
     @cached_property
     def telling_level(self) -> str | None:
-        """Where the compared models differ most; of a single one the smallest level. None without attacks."""
+        """Where the best model is furthest ahead of the one it is shown against, which is not behind it there.
+
+        Of a single model the smallest level. None without attacks.
+        """
         if not self.attacks:
             return None
+        if self.shown is None:
+            return self.levels[0][0]
+        best, other = self.ranked[0], self.shown
 
-        def spread(level: str) -> float:
-            values = [tvdi(run, self.worst(run, level)) for run in self.compared]
-            return max(values) - min(values)
+        def ahead(level: str) -> float:
+            return tvdi(best, self.worst(best, level)) - tvdi(other, self.worst(other, level))
 
-        return self.levels[0][0] if len(self.compared) < 2 else max((text for text, _ in self.levels), key=spread)
+        return max((text for text, _ in self.levels), key=ahead)
 
     @cached_property
     def ranked(self) -> list[Results]:
         """The compared models, from the highest mean TVDI over the attacked levels to the lowest."""
         return sorted(self.compared, key=lambda run: -self.robust_mean(run))
+
+    @cached_property
+    def beaten(self) -> list[Results]:
+        """The models than which the best one is more robust, in their order."""
+        return [other for other in self.ranked[1:] if self.order(self.ranked[0], other) is Order.BETTER]
+
+    @cached_property
+    def shown(self) -> Results | None:
+        """The model that the best one is shown against: the best that it beats, or else the second; None without."""
+        return next(iter([*self.beaten, *self.ranked[1:]]), None) if self.attacks else None
+
+    def order(self, run: Results, other: Results) -> Order:
+        """Is ``run``, of the higher mean over levels, more robust than ``other``?
+
+        That is asked once, of the mean; of no single level may the whole interval say the opposite. With more than two
+        models p is corrected for the number of pairs.
+        """
+        mean = self.corrected_mean_difference(run, other)
+        if mean is None:
+            return Order.UNPAIRED
+        levels = [self.difference(run, other, text) for text, _ in self.levels]
+        if any(one is not None and one.interval.high < 0 for one in levels):
+            return Order.MIXED
+        return Order.BETTER if mean.clear and mean.interval.value >= SMALLEST else Order.UNCLEAR
 
     def robust_mean(self, run: Results) -> float:
         """Mean TVDI over the attacked levels, each under the run's worst attack."""

@@ -1,42 +1,14 @@
-"""What the figures say, in words; nothing is said to be more robust that is not so at every level."""
+"""What the figures say, in words; nothing is called more robust that is surely less so at any level."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
 from typing import Any
 
-from nnunet_ima.evaluation.report.figures import NOISE, Setting, tvdi
+from nnunet_ima.evaluation.report.figures import NOISE, Order, Setting, tvdi
 from nnunet_ima.evaluation.results import UNTOUCHED, Results
 from nnunet_ima.evaluation.statistics import Difference, Interval
 from nnunet_ima.evaluation.summary import nothing_learned, nothing_to_lose
-
-# Smaller differences than half a point of Dice do not matter, however sure they are.
-SMALLEST = 0.005
-
-
-class Order(Enum):
-    """How two models compare over all levels."""
-
-    BETTER = "more robust"
-    UNCLEAR = "not clearly different"
-    MIXED = "better at one level and worse at another"
-    UNPAIRED = "attacked on other samples"
-
-
-def compare(setting: Setting, run: Results, other: Results) -> Order:
-    """Is ``run``, of the higher mean over levels, more robust than ``other``?
-
-    That is asked once, of the mean; no single level may clearly say the opposite. With more than two models p is
-    corrected for the number of pairs.
-    """
-    mean = setting.corrected_mean_difference(run, other)
-    if mean is None:
-        return Order.UNPAIRED
-    levels = [setting.difference(run, other, text) for text, _ in setting.levels]
-    if any(one is not None and one.interval.high < -SMALLEST for one in levels):
-        return Order.MIXED
-    return Order.BETTER if mean.clear and mean.interval.value >= SMALLEST else Order.UNCLEAR
 
 
 def headline(setting: Setting) -> str:
@@ -65,16 +37,14 @@ def _claim(setting: Setting) -> str:
         return f"No attack was run on all models at the same levels, so nothing can be compared: {went}."
     if not setting.compared:
         return _alone(setting, setting.runs[0], level) if len(setting.runs) == 1 else ""
-    best, *others = setting.ranked
+    best, shown = setting.ranked[0], setting.shown
     if setting.noise_only and len(setting.runs) > 1:
         return _noise_only(setting, level)
-    if not others:
+    if shown is None:
         return _alone(setting, best, level)
-    orders = {other.title: compare(setting, best, other) for other in others}
-    beaten = [other for other in others if orders[other.title] is Order.BETTER]
+    beaten = setting.beaten
     if not beaten:
-        return _no_winner(setting, best, others[0], orders[others[0].title])
-    shown = min(beaten, key=lambda other: -setting.robust_mean(other))
+        return _no_winner(setting, best, shown, level)
     difference = setting.difference(best, shown, level)
     assert difference is not None
     here = "On these few cases, " if setting.few_cases else ""
@@ -87,7 +57,7 @@ def _claim(setting: Setting) -> str:
     if len(beaten) > 1:
         sentence += f" of {shown.title}"
     sentence += f", {points(difference)} more."
-    rest = [title for title, order in orders.items() if order is not Order.BETTER]
+    rest = [other.title for other in setting.ranked[1:] if other not in beaten]
     return sentence + (f" Against {_and(rest)} the order is not clear." if rest else "")
 
 
@@ -107,10 +77,10 @@ def left_out(setting: Setting) -> str:
 
 def evidence(setting: Setting) -> str:
     """How sure the headline is: the one question that was asked, of the mean over levels; empty if it names none."""
-    if setting.telling_level is None or setting.noise_only or len(setting.compared) < 2:
+    other = setting.shown
+    if other is None or setting.noise_only:
         return ""
-    best, *others = setting.ranked
-    other = next((one for one in others if compare(setting, best, one) is Order.BETTER), others[0])
+    best = setting.ranked[0]
     mean = setting.corrected_mean_difference(best, other)
     if mean is None or not mean.interval.known:
         return ""
@@ -125,13 +95,10 @@ def evidence(setting: Setting) -> str:
 
 def price(setting: Setting) -> str:
     """What the more robust model costs on clean scans; empty if none is."""
-    if setting.telling_level is None or setting.noise_only or len(setting.compared) < 2:
+    if setting.noise_only or not setting.beaten:
         return ""
-    best, *others = setting.ranked
-    beaten = [other for other in others if compare(setting, best, other) is Order.BETTER]
-    if not beaten:
-        return ""
-    reference = max(beaten, key=lambda run: tvdi(run, UNTOUCHED))
+    best = setting.ranked[0]
+    reference = max(setting.beaten, key=lambda run: tvdi(run, UNTOUCHED))
     difference = setting.difference(reference, best, None)
     clean = (
         f"{percent(setting.interval(best, UNTOUCHED))} against {percent(setting.interval(reference, UNTOUCHED))} of "
@@ -272,8 +239,8 @@ def _end_to_end(figures: Mapping[str, Any]) -> str:
     )
 
 
-def _no_winner(setting: Setting, best: Results, other: Results, order: Order) -> str:
-    level = str(setting.telling_level)
+def _no_winner(setting: Setting, best: Results, other: Results, level: str) -> str:
+    order = setting.order(best, other)
     held = (
         f"at {setting.norm_name} {level}, {_under(setting)}, {best.title} holds "
         f"{percent(setting.interval(best, setting.worst(best, level)))} Dice and {other.title} "
