@@ -212,6 +212,63 @@ def test_a_model_that_learned_nothing_beats_none_and_is_beaten_by_none(tmp_path)
         assert "is more robust than" not in Text(_page(setting.runs, [setting], "")).text
 
 
+def test_a_model_whose_figures_are_not_to_be_trusted_beats_none_and_is_marked_wherever_it_stands(tmp_path):
+    """A holds most under the attack, but noise takes more from it: what the attack left is not real."""
+    made = {
+        title: make_run(tmp_path / title, title=title, attacked={"5": dice}, noise={"5": noise}, seed=number)
+        for number, (title, dice, noise) in enumerate((("A", 0.8, 0.3), ("B", 0.3, 0.85), ("C", 0.5, 0.85)))
+    }
+    failed = "The figures of A (failed check: gradients_beat_noise) are not to be trusted"
+    setting = one_setting(made["A"], made["B"], made["C"])
+    _, b, c = setting.runs
+    assert headline(setting).startswith("C is more robust than B: at L2 5")
+    assert headline(setting).endswith(f"more. {failed}, so it is not compared.")
+    assert (setting.ranked, setting.pairs) == ([c, b], [(c, b)])
+    best = robustness_table(setting)
+    bold = {(row[0].text, row[1].text): [cell.best for cell in row[3:]] for row in best.rows}
+    assert not any(bold["A", ATTACK] + bold["A", NOISE])
+    assert all(bold["C", ATTACK])
+    page = write_report(list(made.values()), tmp_path / "out")
+    for name, mark in (("tables.md", "| A (not trusted) |"), ("tables.tex", r"{}A {\scriptsize (not trusted)} &")):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert len(re.findall(r"^(\| A \||\{\}A &)", text, re.M)) == 0
+        assert text.count(mark) > 4
+        assert text.replace("\\_", "_").count(f"{failed}, so it is not compared.") == 2
+    text = Text(page.read_text(encoding="utf-8")).text
+    assert "A not trusted" in text
+    (card,) = re.findall(r"A: [\d.]+ % [^:]* Dice on clean scans.*?(?=B: )", text)
+    assert card.rstrip().endswith("These figures are not to be trusted: a check failed.")
+    rows = numbers_of(page)
+    trusted = {(row["model"], row["trusted"]) for row in rows if row["source"] == "here"}
+    assert trusted == {("A", "no"), ("B", "yes"), ("C", "yes")}
+    assert {row["trusted"] for row in rows if row["source"] != "here"} <= {""}
+    assert {(row["model"], row["against"]) for row in rows if row["against"]} == {("C", "B")}
+
+    left = one_setting(made["A"], made["B"])
+    assert headline(left).endswith(f". {failed}, so it is not compared; no second model is left.")
+    alone = one_setting(made["A"])
+    assert headline(alone).startswith("At L2 5, apgd:steps=4 takes A from")
+    assert headline(alone).endswith(f". {failed}.")
+    collapsed = make_run(tmp_path / "SAT", title="SAT", clean=0.26, attacked={"5": 0.25}, noise={"5": 0.26})
+    assert headline(one_setting(made["A"], collapsed)) == (
+        f"SAT has not learned its task and is not compared. {failed}, so it is not compared; no model is left."
+    )
+
+
+def test_two_models_that_are_not_to_be_trusted_are_named_with_their_checks(tmp_path):
+    made = [
+        make_run(tmp_path / name, title=name, attacked={"5": dice, "8": more}, noise={"5": noise, "8": 0.3}, seed=seed)
+        for seed, (name, dice, more, noise) in enumerate((("A", 0.8, 0.81, 0.3), ("B", 0.3, 0.2, 0.25)))
+    ]
+    setting = one_setting(*made)
+    assert headline(setting) == (
+        "The figures of A (failed checks: gradients_beat_noise and larger_levels_are_worse) and B (failed checks: "
+        "gradients_beat_noise and larger_levels_are_worse) are not to be trusted, so they are not compared; no "
+        "model is left."
+    )
+    assert difference_table(setting) is None
+
+
 def test_under_noise_alone_a_model_that_learned_nothing_is_left_out_too(tmp_path):
     made = [
         make_run(tmp_path / title, title=title, clean=clean, attacked={"5": 0.2}, noise={"5": clean - 0.05})
@@ -479,6 +536,7 @@ def test_what_was_published_is_in_the_csv_with_its_source(tmp_path):
     (row,) = (row for row in rows if row["source"] != "here" and row["model"] == "SAT15" and row["level"] == "15")
     assert (row["attack"], row["metric"], float(row["value"])) == ("PGD", "tvdi", pytest.approx(0.2776))
     assert "100 steps" in row["source"]
+    assert row["trusted"] == ""
 
 
 def test_the_best_of_each_column_is_bold_and_nothing_else(runs):

@@ -64,7 +64,7 @@ def _dice_against_level(setting: Setting, colours: Mapping[str, str]) -> Drawing
         f"Solid: of each level {setting.worst_words}; the band is the 95 % interval. "
         + ("Dashed: plain noise of the same size. " if noise is not None else "")
         + ("" if setting.noise_only else "A model that holds stays high on the solid line. ")
-        + f"At 0: {setting.start_name}.",
+        + f"At 0: {setting.start_name}. {not_compared(setting)}".rstrip(),
     )
 
 

@@ -121,8 +121,11 @@ class Setting:
 
     @cached_property
     def compared(self) -> list[Results]:
-        """The models that are compared: those that have learned their task, as of others an attack can take nothing."""
-        return [run for run in self.runs if not nothing_learned(run.summary)]
+        """The models that are compared: those that have learned their task, and whose figures can be trusted.
+
+        Of others an attack can take nothing, or what it left is not real.
+        """
+        return [run for run in self.runs if not nothing_learned(run.summary) and not failed_checks(run)]
 
     @property
     def noise_only(self) -> bool:
@@ -374,6 +377,11 @@ def _same_samples(runs: Sequence[Results]) -> bool:
 
 def _opposite(difference: Difference | None) -> Difference | None:
     return None if difference is None else difference.opposite
+
+
+def failed_checks(run: Results) -> list[str]:
+    """Names of the checks that say that a run's figures are not to be trusted."""
+    return [str(item["name"]) for item in run.summary["trust"] if not item["passed"]]
 
 
 def colours_of(runs: Sequence[Results]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nnunet_ima.evaluation.metrics import class_scores, nan_mean
-from nnunet_ima.evaluation.report.figures import Setting
+from nnunet_ima.evaluation.report.figures import Setting, failed_checks
 from nnunet_ima.evaluation.report.published import level_value, paper_task, published_attack, published_for
 from nnunet_ima.evaluation.results import CLAMPED, UNTOUCHED, Key, Results
 from nnunet_ima.evaluation.statistics import Difference, holm
@@ -47,6 +47,7 @@ class Figure:
         p, p_holm: of a difference: of the paired test, and corrected for the pairs of models of this level and metric.
         n: how many samples, cases or structures it is of.
         source: ``here``, or where it was published.
+        trusted: ``no`` if a check says that the model's figures are not to be trusted; of published ones nothing.
     """
 
     dataset: str
@@ -68,6 +69,7 @@ class Figure:
     p_holm: float = NAN
     n: int | None = None
     source: str = "here"
+    trusted: str = ""
 
 
 HEAD = [field.name for field in fields(Figure)]
@@ -200,6 +202,7 @@ def _about(setting: Setting, run: Results, key: Key, epsilon: float) -> dict[str
     return {
         "dataset": setting.dataset, "protocol": setting.protocol, "norm": setting.norm, "patch": setting.patch,
         "model": run.title, "attack": key[0], "level": key[1], "epsilon": epsilon,
+        "trusted": "no" if failed_checks(run) else "yes",
     }  # fmt: skip
 
 

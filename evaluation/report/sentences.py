@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nnunet_ima.evaluation.report.figures import NOISE, Order, Setting, tvdi
+from nnunet_ima.evaluation.report.figures import NOISE, Order, Setting, failed_checks, tvdi
 from nnunet_ima.evaluation.results import UNTOUCHED, Results
 from nnunet_ima.evaluation.statistics import Difference, Interval
 from nnunet_ima.evaluation.summary import nothing_learned, nothing_to_lose
@@ -17,16 +17,39 @@ def headline(setting: Setting) -> str:
 
 
 def not_compared(setting: Setting) -> str:
-    """Which models have not learned their task, so that they are left out of every comparison; empty if all have."""
-    titles = [run.title for run in setting.runs if run not in setting.compared]
+    """Which models are left out of every comparison, and why; empty if none is.
+
+    Those that have not learned their task, and those whose figures a check says are not to be trusted.
+    """
+    said = list(filter(None, (_unlearned(setting), _untrusted(setting))))
+    if not said:
+        return ""
+    left = {0: "; no model is left", 1: "; no second model is left"}.get(len(setting.compared), "")
+    return f"{'. '.join(said)}{left if len(setting.runs) > 1 else ''}."
+
+
+def _unlearned(setting: Setting) -> str:
+    titles = [run.title for run in setting.runs if nothing_learned(run.summary)]
     if not titles:
         return ""
     one = len(titles) == 1
     who = f"{_and(titles)} {'has not learned its' if one else 'have not learned their'} task"
     if len(setting.runs) == 1:
-        return f"{who}, so this says nothing of robustness."
-    left = {0: "; no model is left", 1: "; no second model is left"}.get(len(setting.compared), "")
-    return f"{who} and {'is' if one else 'are'} not compared{left}."
+        return f"{who}, so this says nothing of robustness"
+    return f"{who} and {'is' if one else 'are'} not compared"
+
+
+def _untrusted(setting: Setting) -> str:
+    failed = {run.title: failed_checks(run) for run in setting.runs if failed_checks(run)}
+    if not failed:
+        return ""
+    who = _and(
+        [f"{title} (failed check{'s' if len(names) > 1 else ''}: {_and(names)})" for title, names in failed.items()]
+    )
+    said = f"The figures of {who} are not to be trusted"
+    if len(setting.runs) == 1:
+        return said
+    return f"{said}, so {'it is' if len(failed) == 1 else 'they are'} not compared"
 
 
 def _claim(setting: Setting) -> str:
@@ -115,6 +138,11 @@ def price(setting: Setting) -> str:
 
 def about(setting: Setting, run: Results) -> str:
     """A model by itself."""
+    mark = " These figures are not to be trusted: a check failed." if failed_checks(run) else ""
+    return _about(setting, run) + mark
+
+
+def _about(setting: Setting, run: Results) -> str:
     level = setting.telling_level
     clean = f"{run.title}: {percent(setting.interval(run, UNTOUCHED))} Dice on clean scans"
     if setting.start != UNTOUCHED:

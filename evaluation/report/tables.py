@@ -10,7 +10,7 @@ import numpy as np
 
 from nnunet_ima.evaluation.markdown import escaped, table_row
 from nnunet_ima.evaluation.metrics import class_scores, nan_mean
-from nnunet_ima.evaluation.report.figures import Setting, tvdi
+from nnunet_ima.evaluation.report.figures import Setting, failed_checks, tvdi
 from nnunet_ima.evaluation.report.published import level_value, paper_task, published_attack, published_for
 from nnunet_ima.evaluation.report.sentences import not_compared, probability
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
@@ -68,7 +68,7 @@ def robustness_table(setting: Setting) -> Table | None:
         columns.append([setting.mean_over_levels(run, attack) for run in setting.runs])
         marked = [_marked(setting, [_dice(*one) for one in intervals]) for intervals in columns]
         for run, *cells in zip(setting.runs, *marked, strict=True):
-            rows.append([Cell(run.title), Cell(attack), *cells])
+            rows.append([_model(run), Cell(attack), *cells])
     note = (
         f"TVDI in %, with 95 % intervals (bootstrap over {setting.unit_resampled}; they say what other scans would "
         f"change, not what another training would). Avg is the mean of clean and all levels, as in Table 3 of the "
@@ -76,7 +76,7 @@ def robustness_table(setting: Setting) -> Table | None:
     )
     if clamped:
         note += " Clamp only: what the protocol does to the scans before any attack."
-    note += _without_unlearned(setting) + setting.choice_note + without_published(setting)
+    note += _not_compared(setting) + setting.choice_note + without_published(setting)
     return Table(f"TVDI under each attack: {setting.name}", head, rows, note, names=2)
 
 
@@ -106,7 +106,7 @@ def difference_table(setting: Setting) -> Table | None:
     claim = "by noise alone no model is called more robust" if setting.noise_only else asked
     note += "Differences are taken before rounding. "
     note += f"Not corrected for the number of levels and figures; {claim}.{setting.p_note}{setting.choice_note}"
-    note += _without_unlearned(setting)
+    note += _not_compared(setting)
     more = ["p (Holm)"] if corrected else []
     head = ["model", "against", "level", "TVDI", "95 % interval", "p", *more]
     head += ["ADI", "95 % interval (ADI)", "p (ADI)", *(f"{name}, ADI" for name in more)]
@@ -164,7 +164,7 @@ def further_table(setting: Setting) -> Table:
             shares = [figures.get(name) for name in names]
             spent = None if passes is None else float(passes) + float(backward)
             rows.append([
-                Cell(run.title), Cell(name), Cell(figures.get("level", "0")),
+                _model(run), Cell(name), Cell(figures.get("level", "0")),
                 *(_dice(_number(share)) for share in shares), _distance(figures),
                 _dice(_number(figures["surface_dice"])), _plain(spent, ".0f"),
             ])  # fmt: skip
@@ -216,7 +216,7 @@ def end_to_end_table(setting: Setting) -> Table | None:
                 whole["survives_end_to_end"],
             )  # fmt: skip
             rows.append([
-                Cell(run.title), Cell(str(item["attack"])), Cell(str(item["level"])),
+                _model(run), Cell(str(item["attack"])), Cell(str(item["level"])),
                 Cell("yes" if about["mirroring_known_to_the_attack"] else "no" if about["mirrored_axes"] else "none"),
                 *(_dice(_number(share)) for share in shares), _distance(whole),
                 _dice(_number(whole["surface_dice"])),
@@ -246,7 +246,7 @@ def case_table(setting: Setting) -> Table | None:
             cells = [_dice(column.get(name, float("nan"))) for column in dice[run]]
             for _, kind in kinds[1:]:
                 cells += [_of_classes(run.cases[key].get(name, {}).get(kind, []), kind) for key in keys]
-            rows.append([Cell(name), Cell(run.title), *cells])
+            rows.append([Cell(name), _model(run), *cells])
     origin = "nnU-Net's, of the whole case" if whole else "of the case's attacked samples, as TVDI pools them"
     note = f"Dice in %, mean of the classes, {origin}; each model under {setting.worst_words}."
     if whole:
@@ -294,7 +294,7 @@ def _published_table(setting: Setting, kind: str) -> Table | None:
     levels = sorted({*(value for row in theirs for value in row), *(value for row in here for value in row)})
     head = ["model", "attack", "source", "clean", *(f"{setting.norm_name} {written[level]}" for level in levels)]
     rows = [
-        [Cell(run.title), Cell(attack), Cell("here"), _dice(tvdi(run, UNTOUCHED)),
+        [_model(run), Cell(attack), Cell("here"), _dice(tvdi(run, UNTOUCHED)),
          *(_dice(found.get(level, float("nan"))) for level in levels)]
         for (run, attack), found in zip(ours, here, strict=True)
     ]  # fmt: skip
@@ -332,7 +332,7 @@ def class_table(setting: Setting) -> Table | None:
         for key, name in _clean_and_attacked(setting, run, level):
             counts = run.samples[key].counts.sum(0)
             dice = class_scores(counts[:, 0], counts[:, 1], counts[:, 2])
-            rows.append([Cell(run.title), Cell(name), *(_dice(float(value)) for value in dice)])
+            rows.append([_model(run), Cell(name), *(_dice(float(value)) for value in dice)])
     head = ["model", "condition", *classes]
     return Table(
         f"By class: {setting.name}", head, rows, "Dice in %, voxels of all samples as TVDI pools them.", names=2
@@ -352,7 +352,7 @@ def class_spread_table(setting: Setting) -> Table | None:
                 known = dice[~np.isnan(dice)]
                 quantiles = np.quantile(known, QUANTILES) if len(known) else np.full(len(QUANTILES), np.nan)
                 rows.append([
-                    Cell(name), Cell(run.title), Cell(condition), Cell(str(len(known)), len(known)),
+                    Cell(name), _model(run), Cell(condition), Cell(str(len(known)), len(known)),
                     *(_dice(float(value)) for value in quantiles),
                 ])  # fmt: skip
     origin = "nnU-Net's, of whole cases" if whole else "of each case's attacked samples, as TVDI pools them"
@@ -438,6 +438,11 @@ def _marked(setting: Setting, cells: Sequence[Cell]) -> list[Cell]:
             for cell, part in zip(cells, takes_part, strict=True)]  # fmt: skip
 
 
-def _without_unlearned(setting: Setting) -> str:
+def _model(run: Results) -> Cell:
+    """Its name, with a mark if its figures are not to be trusted."""
+    return Cell(run.title, note="not trusted" if failed_checks(run) else "")
+
+
+def _not_compared(setting: Setting) -> str:
     sentence = not_compared(setting)
     return f" {sentence}" if sentence else ""
