@@ -713,12 +713,12 @@ def one_setting(*folders: Path) -> Setting:
 
 def test_each_model_is_judged_by_the_attack_that_is_worst_for_it(tmp_path):
     """A is weak against one attack, B against the other: B's worst is the better one."""
-    one = make_run(tmp_path / "a", attacked={"5": 0.3}, further={"square": {"5": 0.5}}, title="A")
-    two = make_run(tmp_path / "b", attacked={"5": 0.6}, further={"square": {"5": 0.4}}, title="B", seed=1)
+    one = make_run(tmp_path / "a", attacked={"5": 0.3}, further={"pgd": {"5": 0.5}}, title="A")
+    two = make_run(tmp_path / "b", attacked={"5": 0.6}, further={"pgd": {"5": 0.4}}, title="B", seed=1)
     setting = one_setting(one, two)
     first, second = setting.runs
     assert setting.worst(first, "5")[0] == ATTACK
-    assert setting.worst(second, "5")[0] == "square"
+    assert setting.worst(second, "5")[0] == "pgd"
     assert headline(setting).startswith("B is more robust than A: at L2 5, under the worst attack on each, it holds")
     assert setting.difference(second, first, "5").interval.value == pytest.approx(0.1, abs=0.03)
 
@@ -908,6 +908,36 @@ def test_an_attack_is_the_same_whatever_the_order_of_its_settings_and_if_default
     assert not same_attack("of-next-year:a=1", "of-next-year:a=2")
     assert not same_attack("pgd:steps=20", "pgd:steps=40")
     assert not same_attack("autoattack", "autoattack:mode=threshold")
+
+
+def test_attacks_that_share_a_name_and_nothing_more_are_not_compared(tmp_path):
+    """As when another version hits harder under the same name."""
+    harder = {ATTACK: {"attack": "apgd", "steps": 4, "loss": "balanced-ce"}, "square": {"attack": "square", "steps": 4}}
+    made = [
+        make_run(tmp_path / title, attacked={"5": dice}, further={"square": {"5": dice + 0.05}}, title=title, seed=seed,
+                 about={"attacks": noted} if noted else {})
+        for seed, (title, dice, noted) in enumerate((("A", 0.3, None), ("B", 0.7, harder), ("C", 0.5, None)))
+    ]  # fmt: skip
+    named = f"The attack {ATTACK} of B is not that of A (loss: None there, balanced-ce here)."
+    setting = one_setting(*made[:2])
+    assert setting.attacks == ["square"]
+    assert left_out(setting) == (
+        f"Not all models had these, so they are left out of every comparison: A: {ATTACK} at L2 5; B: {ATTACK} at L2 "
+        f"5. {named}"
+    )
+    assert left_out(setting) in Text(_page(setting.runs, [setting], "")).text
+    assert headline(setting).startswith("B is more robust than A: at L2 5, under square, it holds")
+    # Of those that note the same, or nothing, names say which are the same.
+    assert one_setting(made[0], made[2]).attacks == [ATTACK, "square"]
+    older = make_run(tmp_path / "D", attacked={"5": 0.4}, title="D", about={"attacks": None})
+    assert one_setting(made[1], older).attacks == [ATTACK]
+    assert left_out(one_setting(made[0], older)).count("is not that of") == 0
+    # And where nothing else is left, nothing is compared.
+    (nothing,) = settings_of([only(folder, ATTACK) for folder in made[:2]])
+    assert headline(nothing) == (
+        f"No attack was run on all models at the same levels, so nothing can be compared: A had {ATTACK} at L2 5; B "
+        f"had {ATTACK} at L2 5. {named}"
+    )
 
 
 def test_all_pairs_of_models_are_compared_and_p_is_corrected_for_them(tmp_path):

@@ -9,6 +9,7 @@ from functools import cache
 from nnunet_ima.attacks import ATTACKS, Attack
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
+from nnunet_ima.evaluation.identity import differences
 from nnunet_ima.evaluation.results import Results
 from nnunet_ima.threat import ThreatModel
 
@@ -30,8 +31,17 @@ def attacks_of(runs: Sequence[Results]) -> list[AttackRun]:
 
 
 def same_attack(one: str, other: str) -> bool:
-    """Whether two texts ask for the same: settings in another order, or written out where they are the defaults."""
+    """Whether two texts ask for the same: settings in another order, or written out where they are the defaults.
+
+    What stands behind the names in each run is another matter: :func:`other_definition`.
+    """
     return one == other or (made_attack(one) is not None and made_attack(one) == made_attack(other))
+
+
+def other_definition(run: Results, text: str, than: Results, their_text: str) -> list[str]:
+    """How what stands behind an attack's name in a run differs from another run's; empty too if one does not tell."""
+    here, there = (one.summary.get("attacks", {}).get(name) for one, name in ((run, text), (than, their_text)))
+    return [] if here is None or there is None else differences(there, here)
 
 
 @cache

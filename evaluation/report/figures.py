@@ -12,7 +12,7 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from nnunet_ima.evaluation.metrics import Array, class_scores, nan_mean
-from nnunet_ima.evaluation.report.attacks_run import same_attack
+from nnunet_ima.evaluation.report.attacks_run import other_definition, same_attack
 from nnunet_ima.evaluation.report.charts import COLOURS
 from nnunet_ima.evaluation.results import CLAMPED, UNTOUCHED, Key, Results
 from nnunet_ima.evaluation.statistics import (
@@ -118,6 +118,20 @@ class Setting:
         """That were run on every model at all of these levels, as the first run has them."""
         first = dict.fromkeys(str(item["attack"]) for item in self.runs[0].attacked)
         return [attack for attack in first if self.levels and all(self._has(run, attack) for run in self.runs)]
+
+    @cached_property
+    def only_named_alike(self) -> list[tuple[str, Results, list[str]]]:
+        """Attacks that are not the first run's of that name: their names, whose, and how they differ from it."""
+        names = {run: dict.fromkeys(str(item["attack"]) for item in run.attacked) for run in self.runs}
+        first, *others = self.runs
+        found = (
+            (text, run, other_definition(run, text, first, attack))
+            for run in others
+            for text in names[run]
+            for attack in names[first]
+            if same_attack(text, attack)
+        )
+        return [one for one in found if one[2]]
 
     @cached_property
     def compared(self) -> list[Results]:
@@ -338,7 +352,11 @@ class Setting:
     def _find(self, run: Results, attack: str, level: str) -> Key | None:
         value = next(value for text, value in self.levels if text == level)
         here = ((str(item["attack"]), str(item["level"])) for item in run.attacked if float(item["epsilon"]) == value)
-        return next((key for key in here if same_attack(key[0], attack)), None)
+        return next((key for key in here if self._is_same(run, key[0], attack)), None)
+
+    def _is_same(self, run: Results, text: str, attack: str) -> bool:
+        """Whether an attack of a run is one of the first run, by its name and by what stands behind it, where noted."""
+        return same_attack(text, attack) and not other_definition(run, text, self.runs[0], attack)
 
 
 def settings_of(runs: Sequence[Results]) -> list[Setting]:

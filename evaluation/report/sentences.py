@@ -57,7 +57,10 @@ def _claim(setting: Setting) -> str:
     level = setting.telling_level
     if level is None:
         went = "; ".join(f"{run.title} had {_conditions(setting, run.attacked)}" for run in setting.runs)
-        return f"No attack was run on all models at the same levels, so nothing can be compared: {went}."
+        return (
+            f"No attack was run on all models at the same levels, so nothing can be compared: {went}."
+            f"{_only_named_alike(setting)}"
+        )
     if not setting.compared:
         return _alone(setting, setting.runs[0], level) if len(setting.runs) == 1 else ""
     best, shown = setting.ranked[0], setting.shown
@@ -95,7 +98,18 @@ def left_out(setting: Setting) -> str:
         rest = [item for item in run.attacked if (str(item["attack"]), str(item["level"])) not in compared]
         if rest:
             parts.append(f"{run.title}: {_conditions(setting, rest)}")
-    return f"Not all models had these, so they are left out of every comparison: {'; '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    said = f"Not all models had these, so they are left out of every comparison: {'; '.join(parts)}."
+    return said + _only_named_alike(setting)
+
+
+def _only_named_alike(setting: Setting) -> str:
+    """Which attacks are others than the first model's, though they have one name, and how; empty if none is."""
+    return "".join(
+        f" The attack {text} of {run.title} is not that of {setting.runs[0].title} ({'; '.join(different)})."
+        for text, run, different in setting.only_named_alike
+    )
 
 
 def evidence(setting: Setting) -> str:
@@ -215,7 +229,10 @@ def _noise_only(setting: Setting, level: str) -> str:
     """Noise is no attacker: how models fare under it does not say which of them withstands one."""
     if any(not str(item["attack"]).startswith(NOISE) for run in setting.runs for item in run.attacked):
         went = "; ".join(f"{run.title} had {_conditions(setting, run.attacked)}" for run in setting.runs)
-        return f"The models share no attack but white noise, so no model is called more robust: {went}."
+        return (
+            f"The models share no attack but white noise, so no model is called more robust: {went}."
+            f"{_only_named_alike(setting)}"
+        )
     held = " and ".join(
         f"{run.title} {percent(setting.interval(run, setting.worst(run, level)))}" for run in setting.ranked
     )
