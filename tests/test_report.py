@@ -581,6 +581,12 @@ def test_one_model_alone_and_other_samples(tmp_path):
     page = write_report([alone, other], tmp_path / "two").read_text(encoding="utf-8")
     assert "on other samples" in page
     assert "Model against model" not in page
+    table = robustness_table(one_setting(alone, other))
+    assert not any(cell.best for row in table.rows for cell in row)
+    assert "Bold" not in table.note
+    assert "No model is marked as the best of a column, as the models were attacked on other samples." in table.note
+    same = make_run(tmp_path / "same", attacked={"5": 0.7}, title="C", seed=1)
+    assert "Bold: the best model of a column, for each attack." in robustness_table(one_setting(alone, same)).note
 
 
 def test_without_a_case_level_cases_are_made_of_their_samples(tmp_path):

@@ -72,7 +72,7 @@ def robustness_table(setting: Setting) -> Table | None:
     note = (
         f"TVDI in %, with 95 % intervals (bootstrap over {setting.unit_resampled}; they say what other scans would "
         f"change, not what another training would). Avg is the mean of clean and all levels, as in Table 3 of the "
-        f"IMA paper (arXiv 2005.09147). Bold: the best model of a column, for each attack."
+        f"IMA paper (arXiv 2005.09147).{_bold(setting)}"
     )
     if clamped:
         note += " Clamp only: what the protocol does to the scans before any attack."
@@ -427,15 +427,22 @@ def _number(value: float | None) -> float:
 
 
 def _marked(setting: Setting, cells: Sequence[Cell]) -> list[Cell]:
-    """A cell of each run; the highest of the compared models marked as the best, if there is anything to compare."""
+    """A cell of each run; the highest of the compared models marked as the best, if they can be compared."""
     takes_part = [run in setting.compared and cell.number == cell.number
                   for run, cell in zip(setting.runs, cells, strict=True)]  # fmt: skip
     shown = [float(cell.text) for cell, part in zip(cells, takes_part, strict=True) if part]
-    if len(setting.compared) < 2 or not shown:
+    if len(setting.compared) < 2 or not setting.comparable or not shown:
         return list(cells)
     # What looks the same is the same.
     return [replace(cell, best=part and float(cell.text) == max(shown))
             for cell, part in zip(cells, takes_part, strict=True)]  # fmt: skip
+
+
+def _bold(setting: Setting) -> str:
+    """What bold means in a table, or why there is none."""
+    if setting.comparable:
+        return " Bold: the best model of a column, for each attack." if len(setting.compared) > 1 else ""
+    return " No model is marked as the best of a column, as the models were attacked on other samples."
 
 
 def _model(run: Results) -> Cell:
