@@ -64,7 +64,8 @@ def baseline_of(results: Results) -> Baseline:
     names = ("model", "protocol", "criterion", "classes", "patch_size", "seed", "versions")
     about = {name: results.summary[name] for name in names}
     # Older runs do not tell.
-    about |= {name: results.summary[name] for name in ("attacks", "training") if name in results.summary}
+    noted = [name for name in ("attacks", "training", "normalisation") if name in results.summary]
+    about |= {name: results.summary[name] for name in noted}
     # Which samples: those of older runs were chosen by the attacks' seed.
     about["max_samples"] = results.summary["max_samples"]
     about["samples_seed"] = results.summary.get("samples_seed", results.summary["seed"])

@@ -24,6 +24,7 @@ def what_changed(now: Baseline, before: Baseline) -> dict[str, str]:
         found["weights"] += f" (sha256 {_digits(ours, 'sha256')}): the model is unchanged"
     found["names"] = _said(*({name: about["model"].get(name) for name in NAMES} for about in (theirs, ours)))
     found["training"] = _said(theirs.get("training"), ours.get("training"))
+    found["normalisation"] = _said(theirs.get("normalisation"), ours.get("normalisation"))
     found["attacks"] = _said(theirs.get("attacks"), ours.get("attacks"))
     found["seed"] = _said(theirs["seed"], ours["seed"])
     found["samples"] = SAME if same_samples(now, before) else f"{_samples(before)} there, {_samples(now)} here"

@@ -11,6 +11,7 @@ from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.hardware import hardware
 from nnunet_ima.evaluation.identity import digest
 from nnunet_ima.evaluation.metrics import Region
+from nnunet_ima.evaluation.normalisation import normalisation_of, scale_of
 from nnunet_ima.evaluation.provenance import exported_from
 
 if TYPE_CHECKING:
@@ -55,14 +56,16 @@ def identify(evaluation: Evaluation, cases: Sequence[str], chunk: int) -> dict[s
 def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> dict[str, Any]:
     """The head of summary.json."""
     model, protocol = evaluation.model, evaluation.protocol
+    normalisation = normalisation_of(model)
+    scale = scale_of(normalisation)
     return {
         "model": _model(model),
         "training": model.training,
         "protocol": {
             "name": protocol.name,
             "norm": protocol.norm,
-            "range": protocol.range,
-            "unit": protocol.unit,
+            "range": protocol.range_in(scale),
+            "unit": protocol.unit_in(scale),
         },
         "criterion": {
             "dice_threshold": evaluation.criterion.threshold,
@@ -73,6 +76,7 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
         "classes": [_name_of(region, model.dataset_json) for region in model.foreground],
         "labels": [_key(region) for region in model.foreground],
         "patch_size": [int(size) for size in model.configuration.patch_size],
+        "normalisation": normalisation,
         "seed": evaluation.seed,
         "max_samples": evaluation.max_samples,
         "samples_seed": evaluation.samples_seed,

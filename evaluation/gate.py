@@ -17,6 +17,7 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.baseline import Baseline, baseline_of, learned_nothing, same_samples
 from nnunet_ima.evaluation.changes import other_attack, same_model
 from nnunet_ima.evaluation.markdown import escaped, table_row
+from nnunet_ima.evaluation.normalisation import in_words
 from nnunet_ima.evaluation.results import UNTOUCHED, Key, Results
 from nnunet_ima.evaluation.statistics import FEWEST, Interval, tvdi_difference, tvdi_interval, units
 from nnunet_ima.evaluation.summary import nothing_learned, nothing_to_lose
@@ -119,7 +120,7 @@ def judge_drop(results: Results, baseline: Baseline, max_drop: float) -> Iterato
     that is the baseline's own.
 
     Raises:
-        UserError: the baseline is of other data, another protocol or norm.
+        UserError: the baseline is of other data, another protocol or norm, or of scans that were normalised otherwise.
     """
     _refuse_incomparable(results, baseline)
     ours, norm = baseline_of(results), results.summary["protocol"]["norm"]
@@ -301,21 +302,26 @@ def _same(one: str, other: str) -> bool:
 
 def _refuse_incomparable(results: Results, baseline: Baseline) -> None:
     def way(about: dict[str, Any]) -> dict[str, Any]:
-        protocol = about["protocol"]
+        protocol, normalised = about["protocol"], about.get("normalisation")
         return {
             "dataset": about["model"]["dataset"],
             "protocol": protocol["name"],
             "norm": protocol["norm"],
             "classes": about["classes"],
             "patch": about["patch_size"],
+            # A level is in units of the normalised scan.
+            "normalisation": None if normalised is None else (in_words(normalised), normalised),
         }
 
     ours, theirs = way(results.summary), way(baseline.about)
+    if None in (ours["normalisation"], theirs["normalisation"]):  # older runs do not tell
+        del ours["normalisation"], theirs["normalisation"]
     different = [name for name in ours if ours[name] != theirs[name]]
     if different:
         name = different[0]
+        there, here = (one[name][0] if name == "normalisation" else one[name] for one in (theirs, ours))
         raise UserError(
-            f"The baseline is of another {name} ({theirs[name]}) than {results.folder} ({ours[name]}), so the two "
+            f"The baseline is of another {name} ({there}) than {results.folder} ({here}), so the two "
             f"cannot be compared."
         )
 

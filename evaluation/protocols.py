@@ -3,7 +3,8 @@
 ``sound`` (default): the range is the case's own, per channel; Linf levels are shares of that range. For every claim.
 ``paper``: z-scored images are clamped to [0, 1], as the program behind the final paper's Table 3 does; Linf levels are
 z-scores. For comparing with that table only, and always shown with what the clamp alone does.
-L2 levels are z-scores over the patch in both.
+L2 levels are z-scores over the patch in both. Where nnU-Net normalises in another way, they are units of the scan as it
+is normalised, and so are the Linf levels of ``paper``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.normalisation import Z_SCORES
 from nnunet_ima.lp import Norm
 from nnunet_ima.threat import ThreatModel
 
@@ -41,15 +43,23 @@ class Protocol:
 
     @property
     def range(self) -> str:
-        """The range of a perturbed image, in words."""
-        return "[0, 1] on z-scores" if self.name == "paper" else "the case's own intensity range, per channel"
+        """The range of a perturbed image, in words, where all channels are z-scored."""
+        return self.range_in(Z_SCORES)
 
     @property
     def unit(self) -> str:
-        """The unit of a level, in words."""
+        """The unit of a level, in words, where all channels are z-scored."""
+        return self.unit_in(Z_SCORES)
+
+    def range_in(self, scale: str) -> str:
+        """The range of a perturbed image, in words; ``scale`` is the unit of the network's input."""
+        return f"[0, 1] on {scale}" if self.name == "paper" else "the case's own intensity range, per channel"
+
+    def unit_in(self, scale: str) -> str:
+        """The unit of a level, in words; ``scale`` is the unit of the network's input."""
         if self.norm == "l2":
-            return "z-scores, L2 norm over the patch"
-        return "z-scores" if self.name == "paper" else "share of the case's intensity range, per channel"
+            return f"{scale}, L2 norm over the patch"
+        return scale if self.name == "paper" else "share of the case's intensity range, per channel"
 
     def threat(self, level: Level, images: Tensor, low: Tensor, high: Tensor, fixed: Tensor) -> ThreatModel:
         """Threat model for a batch of tiles.

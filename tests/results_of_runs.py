@@ -21,6 +21,8 @@ from nnunet_ima.evaluation.records import Records, part_folder
 
 # Of a structure's voxels, standard deviation over the attacks' seeds.
 MOVED_BY_A_SEED = 0.018
+# As in the head of a summary; runs of before do not tell.
+Z_SCORED = {"channels": 1, "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False]}
 NOISE, ATTACK, ENSEMBLE = "white-noise:draws=3", "apgd:steps=4", "autoattack:version=fast"
 
 
@@ -174,7 +176,7 @@ def _head(
         "criterion": {"dice_threshold": 0.6, "dice_reduction": "mean"},
         "classes": list(classes),
         "labels": [str(number + 1) for number in range(len(classes))],
-        "patch_size": list(patch),
+        "patch_size": list(patch), "normalisation": Z_SCORED,
         "seed": 0, "max_samples": None, "trained_on_these_cases": trained_on, "started_from_unknown_weights": False,
         "margins_by_epoch": dict(margins), "device": "cpu", "command": "nnunet_ima evaluate ...",
         "versions": {"nnunet_ima": "0.1.0", "nnunet_ima's sources": "a1"}, "training": {"epsilon": 15.0, "steps": 20},

@@ -162,7 +162,12 @@ def test_an_evaluation_of_an_exported_model_knows_what_it_was(ima_2d, tmp_path):
         model = load_model(folder, 0, "checkpoint_final.pth", cpu)
         protocol, criterion = Protocol("sound", "l2"), DiceCriterion(labels=model.labels)
         evaluation = Evaluation(model, protocol, [], [], None, 1, 0, cpu, criterion)
-        return dict(describe_run(evaluation, [], "")).get("exported_from")
+        head = describe_run(evaluation, [], "")
+        assert head["normalisation"] == {
+            "channels": 1, "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False]
+        }  # fmt: skip
+        assert head["protocol"]["unit"] == "z-scores, L2 norm over the patch"
+        return dict(head).get("exported_from")
 
     found = told(exported)
     assert found is not None

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from results_of_runs import make_run
+from results_of_runs import Z_SCORED, make_run
 
 from nnunet_ima.attacks import APGD
 from nnunet_ima.attacks.autoattack import VERSIONS
@@ -241,8 +241,9 @@ def test_what_changed_is_said_in_all_three_places(gate, good, tmp_path):
     lines = [
         "weights: nnUNetTraine there, ffffffffffff here", "plans.json: planned there, planned anew here",
         "dataset.json: the same", "names: trainer: nnUNetTrainerSTD there, nnUNetTrainerIMA here",
-        "training: epsilon: 15.0 there, 10.0 here", "attacks: the same", "seed: 0 there, 3 here",
-        "samples: 40 of 8 cases there, 45 of 9 cases here", "versions: nnunet_ima's sources: a1 there, b2 here",
+        "training: epsilon: 15.0 there, 10.0 here", "normalisation: the same", "attacks: the same",
+        "seed: 0 there, 3 here", "samples: 40 of 8 cases there, 45 of 9 cases here",
+        "versions: nnunet_ima's sources: a1 there, b2 here",
     ]  # fmt: skip
     said = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot().find("system-out").text
     assert said.splitlines() == ["What changed since the baseline:", *lines]
@@ -251,7 +252,7 @@ def test_what_changed_is_said_in_all_three_places(gate, good, tmp_path):
     assert shown in (tmp_path / "out" / "gate.md").read_text()
     _, text = gate(good, "--baseline", good)
     assert "- weights: the same (sha256 nnUNetTraine): the model is unchanged\n" in text
-    assert text.count(": the same\n") == 8
+    assert text.count(": the same\n") == 9
     assert "What changed" not in gate(good, "--min", "clean tvdi>=0.5")[1]
 
 
@@ -275,6 +276,44 @@ def test_what_older_versions_did_not_note_is_said_and_judged(gate, good, tmp_pat
     # What is not known is no excuse.
     fragile = make_run(tmp_path / "fragile", clean=0.9, attacked={"2": 0.6, "8": 0.2})
     assert gate(fragile, "--baseline", old)[0] == 1
+
+
+CT = {
+    "channels": 1, "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
+    "intensities": {"0": {"mean": 99.5, "std": 39.5}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("noted", "words"),
+    [
+        (CT, "CTNormalization (mean 99.5, std 39.5)"),
+        ({**Z_SCORED, "use_mask_for_norm": [True]}, "ZScoreNormalization (nonzero region)"),
+        ({"channels": 2, "normalization_schemes": ["ZScoreNormalization"] * 2, "use_mask_for_norm": [False] * 2},
+         "ZScoreNormalization, ZScoreNormalization"),
+    ],
+)  # fmt: skip
+def test_levels_in_another_unit_are_not_compared(gate, good, tmp_path, noted, words):
+    """A patch and its samples can be the same where L2 5 is another perturbation of the scan."""
+    other = make_run(tmp_path / "other", clean=0.9, attacked={"2": 0.8, "8": 0.6}, about={"normalisation": noted})
+    file = tmp_path / "baseline.json"
+    gate(good, "--write-baseline", file)
+    for baseline in (good, file):
+        status, text = gate(other, "--baseline", baseline, "--max-drop", "5")
+        assert status == 2
+        assert f"The baseline is of another normalisation (ZScoreNormalization) than {other} ({words}), so" in text
+    assert gate(other, "--baseline", other)[0] == 0
+
+
+@pytest.mark.parametrize("older", ["the baseline", "this run"])
+def test_a_unit_that_is_not_noted_is_said_to_be_unknown(gate, good, tmp_path, older):
+    old = make_run(tmp_path / "old", clean=0.9, attacked={"2": 0.8, "8": 0.6}, about={"normalisation": None})
+    before, now = (old, good) if older == "the baseline" else (good, old)
+    file = tmp_path / "baseline.json"
+    gate(before, "--write-baseline", file)
+    status, text = gate(now, "--baseline", file, "--max-drop", "5")
+    assert status == 0
+    assert f"- normalisation: not known of {older}\n" in text
 
 
 # ---- what is written

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from results_of_runs import ATTACK, ENSEMBLE, NOISE, make_run
+from results_of_runs import ATTACK, ENSEMBLE, NOISE, Z_SCORED, make_run
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.command_line import _parser, main
@@ -34,7 +34,7 @@ from nnunet_ima.evaluation.report.pictures import perturbation
 from nnunet_ima.evaluation.report.published import paper_task, published_attack, published_for
 from nnunet_ima.evaluation.report.repeat import settings_of_run, without_parts
 from nnunet_ima.evaluation.report.report import _page, _titles
-from nnunet_ima.evaluation.report.sentences import evidence, headline, left_out, price
+from nnunet_ima.evaluation.report.sentences import evidence, headline, left_out, price, unit_warning
 from nnunet_ima.evaluation.report.tables import (
     Cell,
     Table,
@@ -828,6 +828,91 @@ def test_what_cannot_be_compared_is_not(tmp_path):
     text = Text(write_report([runs[0], levels], tmp_path / "two").read_text(encoding="utf-8")).text
     assert "No attack was run on all models at the same levels" in text
     assert "TVDI under each attack" not in text
+
+
+CT = {
+    "channels": 1, "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
+    "intensities": {"0": {"mean": 99.5, "std": 39.5}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("noted", "words"),
+    [(CT, "CTNormalization (mean 99.5, std 39.5)"),
+     ({**Z_SCORED, "use_mask_for_norm": [True]}, "ZScoreNormalization (nonzero region)")],
+)  # fmt: skip
+def test_levels_in_other_units_are_not_compared(tmp_path, noted, words):
+    """Two plans whose patches and samples are the same, but not what L2 5 does to a scan."""
+    made = [
+        make_run(tmp_path / title, title=title, attacked={"5": dice}, about={"normalisation": how}, seed=seed,
+                 files={"plans.json": title})
+        for seed, (title, dice, how) in enumerate((("A", 0.3, Z_SCORED), ("B", 0.7, noted), ("C", 0.5, Z_SCORED)))
+    ]  # fmt: skip
+    whole = settings_of([read_results(folder) for folder in made])
+    assert [len(setting.runs) for setting in whole] == [2, 1]
+    assert [setting.name.rpartition(", patch 24 × 20, ")[2] for setting in whole] == ["ZScoreNormalization", words]
+    page = write_report(made, tmp_path / "out")
+    text = Text(page.read_text(encoding="utf-8")).text
+    assert "B is more robust" not in text
+    assert "C is more robust than A" in text
+    assert "does not tell how its scans were normalised" not in text
+    assert {(row["model"], row["normalisation"]) for row in numbers_of(page)} == {
+        ("A", "ZScoreNormalization"), ("B", words), ("C", "ZScoreNormalization")
+    }  # fmt: skip
+    # By itself a setting needs no such name.
+    assert one_setting(made[1]).name.endswith("patch 24 × 20")
+
+
+@pytest.mark.parametrize(("norm", "protocol"), [("l2", "sound"), ("l2", "paper"), ("linf", "paper")])
+def test_only_z_scores_are_called_z_scores_or_standard_deviations(tmp_path, norm, protocol):
+    def words(name: str, noted: dict[str, Any] | None) -> str:
+        run = make_run(tmp_path / name, norm=norm, protocol=protocol, attacked={"0.5": 0.4}, clamped=0.8,
+                       about={"normalisation": noted})  # fmt: skip
+        page = Text(write_report([run], tmp_path / f"{name} out").read_text(encoding="utf-8"))
+        return re.sub(r"How to repeat this.*", "", page.text)
+
+    scored, ct, old = words("scored", Z_SCORED), words("ct", CT), words("old", None)
+    assert "z-scores: in standard deviations" in scored
+    assert ("0.023 standard deviations of the intensities in each of" in scored) == (norm == "l2")
+    for text, unit in ((ct, "(CTNormalization)"), (old, "(how it was normalised is not noted)")):
+        for word in ("z-score", "standard deviations"):
+            assert word not in text
+        assert f"units of the normalised scan {unit}" in text
+        assert (f"0.023 units of the normalised scan {unit} in each of" in text) == (norm == "l2")
+
+
+def test_runs_of_before_are_compared_and_that_their_unit_is_not_known_is_said(tmp_path):
+    made = {
+        name: make_run(tmp_path / name, title=name, attacked={"5": dice}, seed=seed, about={"normalisation": noted},
+                       files={"plans.json": plans})
+        for seed, (name, dice, noted, plans) in enumerate((
+            ("A", 0.3, CT, "planned"), ("B", 0.7, None, "planned anew"), ("C", 0.5, None, "planned")
+        ))
+    }  # fmt: skip
+    said = "the run does not tell how its scans were normalised, so it is not known whether its levels are in the same"
+
+    def page(*names: str) -> str:
+        out = tmp_path / f"page of {' '.join(names)}"
+        return Text(write_report([made[name] for name in names], out).read_text(encoding="utf-8")).text
+
+    text = page("A", "B")
+    assert f"B: {said} unit as those of the other models." in text
+    assert "B is more robust than A" in text
+    # Of one plan both are normalised the same, which the other run tells, or need not.
+    text = page("A", "C")
+    assert said not in text
+    assert "units of the normalised scan (CTNormalization)" in text
+    assert said not in page("C")
+    older = make_run(tmp_path / "D", title="D", attacked={"5": 0.6}, about={"normalisation": None})
+    assert unit_warnings_of(made["C"], older) == []
+    assert len(unit_warnings_of(made["B"], older)) == 2
+    nameless = {"about": {"normalisation": None}, "files": {"plans.json": None}}
+    both = [make_run(tmp_path / title, title=title, **nameless) for title in "EF"]
+    assert len(unit_warnings_of(*both)) == 2
+
+
+def unit_warnings_of(*folders: Path) -> list[str]:
+    return list(unit_warning(one_setting(*folders)))
 
 
 def test_one_name_is_one_model(tmp_path, runs):

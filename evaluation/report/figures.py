@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, cached_property
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 
 from nnunet_ima.evaluation.metrics import Array, class_scores, nan_mean
+from nnunet_ima.evaluation.normalisation import Z_SCORES, in_words, scale_of
+from nnunet_ima.evaluation.protocols import Protocol, ProtocolName
 from nnunet_ima.evaluation.report.attacks_run import other_definition, same_attack
 from nnunet_ima.evaluation.report.charts import COLOURS
 from nnunet_ima.evaluation.results import CLAMPED, UNTOUCHED, Key, Results
@@ -28,6 +32,7 @@ from nnunet_ima.evaluation.statistics import (
     units,
 )
 from nnunet_ima.evaluation.summary import nothing_learned
+from nnunet_ima.lp import Norm
 
 # Noise says how a model fares by chance; what an attacker can do is said by the others.
 NOISE = "white-noise"
@@ -46,7 +51,13 @@ class Order(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """Runs on the same data in the same protocol and norm, one a model."""
+    """Runs on the same data in the same protocol and norm, one a model.
+
+    Attributes:
+        scale: the unit of what the networks see, in words.
+        normalisation: how it came about, in words; empty if none of the runs tells.
+        apart: whether there are runs that differ from these in it alone.
+    """
 
     dataset: str
     protocol: str
@@ -55,6 +66,9 @@ class Setting:
     unit: str
     range: str
     runs: list[Results]
+    scale: str
+    normalisation: str
+    apart: bool
 
     @property
     def norm_name(self) -> str:
@@ -64,7 +78,8 @@ class Setting:
     @property
     def name(self) -> str:
         """For headings."""
-        return f"{self.dataset}, {self.norm_name}, protocol {self.protocol}, patch {self.patch}"
+        apart = f", {self.normalisation}" if self.apart else ""
+        return f"{self.dataset}, {self.norm_name}, protocol {self.protocol}, patch {self.patch}{apart}"
 
     @property
     def start(self) -> Key:
@@ -101,9 +116,10 @@ class Setting:
         voxels = math.prod(int(size) for size in self.patch.split(" × "))
         levels = " / ".join(text for text, _ in self.levels)
         each = " / ".join(f"{value / math.sqrt(voxels):.2g}" for _, value in self.levels)
+        unit = "standard deviations of the intensities" if self.scale == Z_SCORES else self.scale
         return (
-            f"Spread evenly over one channel, {self.norm_name} {levels} is {each} standard deviations of the "
-            f"intensities in each of a sample's {voxels:,} voxels."
+            f"Spread evenly over one channel, {self.norm_name} {levels} is {each} {unit} in each of a sample's "
+            f"{voxels:,} voxels."
         )
 
     @cached_property
@@ -132,6 +148,17 @@ class Setting:
             if same_attack(text, attack)
         )
         return [one for one in found if one[2]]
+
+    @cached_property
+    def of_unknown_unit(self) -> list[Results]:
+        """The runs of which it is not known that a level is the same to them as to the others, normalised as they are.
+
+        None if all are of the same plans.
+        """
+        plans = {(one.summary["model"].get("plans.json"), one.summary["model"]["configuration"]) for one in self.runs}
+        if len(plans) == 1 and None not in next(iter(plans)):
+            return []
+        return [run for run in self.runs if normalisation(run, self.runs) is None]
 
     @cached_property
     def compared(self) -> list[Results]:
@@ -360,21 +387,48 @@ class Setting:
 
 
 def settings_of(runs: Sequence[Results]) -> list[Setting]:
-    """Runs grouped by data, classes, protocol, norm and patch, in the order in which they were given.
+    """Runs grouped by data, classes, protocol, norm, patch and normalisation, in the order in which they were given.
 
-    A level means another thing for another patch: the L2 norm is taken over all of it.
+    A level means another thing for another patch, over all of which the L2 norm is taken, and for scans that are
+    normalised otherwise. Runs that do not tell how they are stand with the first that do.
     """
-    groups: dict[tuple[str, str, str, str, tuple[str, ...]], list[Results]] = {}
+    groups: dict[tuple[str, ProtocolName, Norm, str, tuple[str, ...]], list[Results]] = {}
     for run in runs:
         about, protocol = run.summary, run.summary["protocol"]
         patch = " × ".join(str(size) for size in about["patch_size"])
         key = (about["model"]["dataset"], protocol["name"], protocol["norm"], patch, tuple(about["classes"]))
         groups.setdefault(key, []).append(run)
     made = []
-    for (dataset, name, norm, patch, _), mine in groups.items():
-        protocol = mine[0].summary["protocol"]
-        made.append(Setting(dataset, name, norm, patch, protocol["unit"], protocol["range"], mine))
+    for (dataset, name, norm, patch, _), together in groups.items():
+        protocol, parts = Protocol(name, norm), _by_normalisation(together)
+        for mine in parts:
+            noted = next(filter(None, (normalisation(run, together) for run in mine)), None)
+            scale = scale_of(noted)
+            made.append(Setting(
+                dataset, name, norm, patch, protocol.unit_in(scale), protocol.range_in(scale), mine, scale,
+                in_words(noted) if noted else "", len(parts) > 1,
+            ))  # fmt: skip
     return made
+
+
+def normalisation(run: Results, others: Sequence[Results]) -> Mapping[str, Any] | None:
+    """How a run's scans were normalised: as it tells itself, or one of the same plans; None if neither does."""
+
+    def plan(one: Results) -> tuple[str | None, str]:
+        return one.summary["model"].get("plans.json"), one.summary["model"]["configuration"]
+
+    same = [run, *(other for other in others if plan(run)[0] is not None and plan(other) == plan(run))]
+    return next(filter(None, (one.summary.get("normalisation") for one in same)), None)
+
+
+def _by_normalisation(runs: Sequence[Results]) -> list[list[Results]]:
+    noted = [normalisation(run, runs) for run in runs]
+    texts = [None if one is None else json.dumps(one, sort_keys=True) for one in noted]
+    first = next(filter(None, texts), "")
+    groups: dict[str, list[Results]] = {}
+    for run, text in zip(runs, texts, strict=True):
+        groups.setdefault(first if text is None else text, []).append(run)
+    return list(groups.values())
 
 
 def _mean_interval(run: Results, keys: Sequence[Key]) -> Interval:

@@ -35,7 +35,7 @@ class Figure:
     """A row: what a figure is of, and the figure; nothing stands in what does not apply, or is not known.
 
     Attributes:
-        dataset, protocol, norm, patch: of the setting; figures of others are not comparable.
+        dataset, protocol, norm, patch: of the setting, as ``normalisation`` is; figures of others are not comparable.
         model: its name in the report, or the method's in the paper.
         against: of a difference: which other model's figure was taken off.
         attack, level: as the run has them; ``clean`` or ``clamp-only`` and 0 without attack.
@@ -48,6 +48,7 @@ class Figure:
         n: how many samples, cases or structures it is of.
         source: ``here``, or where it was published.
         trusted: ``no`` if a check says that the model's figures are not to be trusted; of published ones nothing.
+        normalisation: of the setting's scans; nothing if no run tells.
     """
 
     dataset: str
@@ -70,6 +71,7 @@ class Figure:
     n: int | None = None
     source: str = "here"
     trusted: str = ""
+    normalisation: str = ""
 
 
 HEAD = [field.name for field in fields(Figure)]
@@ -202,7 +204,7 @@ def _about(setting: Setting, run: Results, key: Key, epsilon: float) -> dict[str
     return {
         "dataset": setting.dataset, "protocol": setting.protocol, "norm": setting.norm, "patch": setting.patch,
         "model": run.title, "attack": key[0], "level": key[1], "epsilon": epsilon,
-        "trusted": "no" if failed_checks(run) else "yes",
+        "trusted": "no" if failed_checks(run) else "yes", "normalisation": setting.normalisation,
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def both_sides(example: Example) -> tuple[str, str]:
 
 
 def perturbation(example: Example) -> tuple[str, float]:
-    """What was added, as a data URI; red is brighter, blue is darker. And what the strongest colour means, z-scores."""
+    """What was added, as a data URI; red is brighter, blue is darker. And what the strongest colour means."""
     difference = example.perturbed - example.image
     most = float(np.abs(difference).max())
     end = max(most, 1e-12)

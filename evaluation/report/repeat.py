@@ -10,9 +10,9 @@ from nnunet_ima.evaluation.results import Results
 
 # Of summary.json. Older runs lack some of them.
 _TOLD = (
-    "model", "exported_from", "training", "protocol", "criterion", "attacks", "classes", "patch_size", "seed",
-    "max_samples", "samples_seed", "end_to_end", "batch_size", "samples_in_a_pass_reduced_to", "device", "gpu",
-    "threads", "date", "versions",
+    "model", "exported_from", "training", "protocol", "criterion", "attacks", "classes", "patch_size",
+    "normalisation", "seed", "max_samples", "samples_seed", "end_to_end", "batch_size", "samples_in_a_pass_reduced_to",
+    "device", "gpu", "threads", "date", "versions",
 )  # fmt: skip
 # Of run.json, which is what numbers depend on: there since there are runs.
 _IDENTITY = {"levels": "levels", "samples in a pass": "samples_in_a_pass", "ensembles": "ensembles"}

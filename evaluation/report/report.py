@@ -162,7 +162,10 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
     ]
     return environment.get_template("page.html").render(
         sections=sections,
-        warnings=list(dict.fromkeys(text for run in runs for text in sentences.warnings(run))),
+        warnings=list(dict.fromkeys([
+            *(text for run in runs for text in sentences.warnings(run)),
+            *(text for setting in settings for text in sentences.unit_warning(setting)),
+        ])),
         checks=[_checks(setting, run) for setting in settings for run in setting.runs],
         attacks=attacks_of(runs),
         trainings=trainings_of(_trainer(run) for run in runs),
@@ -233,6 +236,6 @@ def _shown(setting: Setting, run: Results, key: Key, level: str, example: Exampl
     added, most = perturbation(example)
     return {
         "model": run.title, "title": example.title, "condition": f"{key[0]} at {setting.norm_name} {level}",
-        "before": before, "after": after, "added": added, "most": most,
+        "before": before, "after": after, "added": added, "most": most, "scale": setting.scale,
         "dice_before": 100 * example.dice_before, "dice_after": 100 * example.dice_after,
     }  # fmt: skip

@@ -191,6 +191,15 @@ def warnings(run: Results) -> Iterator[str]:
         yield f"{run.title} started from other weights; whether those learned from these cases is not known."
 
 
+def unit_warning(setting: Setting) -> Iterator[str]:
+    """Whose levels may be in other units than those of the models that they stand beside."""
+    for run in setting.of_unknown_unit if len(setting.runs) > 1 else ():
+        yield (
+            f"{run.title}: the run does not tell how its scans were normalised, so it is not known whether its levels "
+            f"are in the same unit as those of the other models."
+        )
+
+
 def _lower(sentence: str) -> str:
     return sentence[0].lower() + sentence[1:]
 
