@@ -21,6 +21,8 @@ from scipy.stats import bootstrap, permutation_test
 from nnunet_ima.evaluation.metrics import Array, pooled_dice
 
 RESAMPLES = 2000
+# Of each test of several: p of a difference that is as clear as can be is then below 1 % after Holm's correction.
+PERMUTATIONS_A_TEST = 200
 BATCH = 100  # resamples at once: what they gather takes memory
 CONFIDENCE = 0.95
 # With fewer, no paired permutation test can reach 5 %, and resampling says next to nothing.
@@ -106,19 +108,25 @@ class Difference(NamedTuple):
         return Difference(Interval(-value, -high, -low), self.p)
 
 
-def tvdi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
+def permutations_for(tests: int) -> int:
+    """How many swaps a permutation test draws that is one of so many: p cannot be below what their number allows."""
+    return max(RESAMPLES, PERMUTATIONS_A_TEST * tests)
+
+
+def tvdi_difference(one: Array, other: Array, seed: int = 0, permutations: int = RESAMPLES) -> Difference:
     """Of two models on the same units: paired bootstrap, and permutation test that swaps the models' results of a unit.
 
     Args:
         one, other: (units, F, 3) each, or (levels, units, F, 3) for the mean TVDI over levels.
         seed: of the resampling.
+        permutations: drawn at the most for p; all that there are if these are no more.
     """
-    return _difference(one, other, _tvdi, seed)
+    return _difference(one, other, _tvdi, seed, permutations)
 
 
-def adi_difference(one: Array, other: Array, seed: int = 0) -> Difference:
+def adi_difference(one: Array, other: Array, seed: int = 0, permutations: int = RESAMPLES) -> Difference:
     """The same of ADI, from :func:`dice_sums` (units, 1, 2) of each."""
-    return _difference(one, other, _adi, seed)
+    return _difference(one, other, _adi, seed, permutations)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -142,12 +150,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def smallest_p(n_units: int) -> float:
-    """Below which no permutation test of that many pairs can come: both signs of the most extreme of 2^n swaps."""
-    return float(2.0 ** (1 - n_units))
+def smallest_p(n_units: int, permutations: int = RESAMPLES) -> float:
+    """Below which no permutation test of that many pairs can come.
+
+    Both signs of the most extreme of all 2^n swaps; where not all are tried, of those that are drawn and the given one.
+    """
+    every = 2.0**n_units
+    return 2 / every if every <= permutations else 2 / (permutations + 1)
 
 
-def _difference(one: Array, other: Array, figure: Callable[[Array, np.ndarray], Array], seed: int) -> Difference:
+def _difference(
+    one: Array, other: Array, figure: Callable[[Array, np.ndarray], Array], seed: int, permutations: int
+) -> Difference:
     if one.shape != other.shape:
         raise ValueError(f"counts of shapes {one.shape} and {other.shape} cannot be paired")
     cases = one.shape[-3]
@@ -167,7 +181,7 @@ def _difference(one: Array, other: Array, figure: Callable[[Array, np.ndarray], 
         method="percentile", random_state=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     p = permutation_test(
-        pairs, difference, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, batch=BATCH,
+        pairs, difference, permutation_type="samples", vectorized=True, n_resamples=permutations, batch=BATCH,
         random_state=np.random.default_rng(seed),
     ).pvalue  # fmt: skip
     return Difference(Interval(value, float(interval.low), float(interval.high)), float(p))

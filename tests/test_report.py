@@ -1063,7 +1063,31 @@ def test_a_difference_that_the_correction_makes_uncertain_is_not_called_one(tmp_
     """Of 8 cases p is 0.008 at the least: of five models, ten pairs, none is below 5 % any more."""
     made = [make_run(tmp_path / str(n), attacked={"5": 0.3 + 0.1 * n}, title=f"M{n}", seed=n) for n in range(5)]
     assert "is more robust than" in headline(one_setting(*made[3:]))
-    assert "No model is clearly more robust" in headline(one_setting(*made))
+    setting = one_setting(*made)
+    assert "No model is clearly more robust" in headline(setting)
+    # That it is so of any five models, however they differ, is said.
+    said = (
+        "With 8 cases no p can be below 0.008 before that correction, nor below 0.078 after it, so no model can be "
+        "called more robust than another."
+    )
+    assert evidence(setting).endswith(said)
+    assert said in difference_table(setting).note
+    assert "nor below" not in one_setting(*made[1:]).p_note
+
+
+@pytest.mark.parametrize(("cases", "robust"), [(11, False), (12, True)])
+def test_of_many_models_one_can_still_be_called_more_robust_or_it_is_said_that_none_can(tmp_path, cases, robust):
+    """Eleven models, 55 pairs, as far apart as can be; 11 cases can be swapped in 2,048 ways, 12 in twice as many."""
+    made = [
+        make_run(tmp_path / str(n), attacked={"5": 0.08 * n}, title=f"M{n}", cases=cases, tiles=1, whole_cases=False)
+        for n in range(11)
+    ]
+    setting = one_setting(*made)
+    assert len(setting.pairs) == 55
+    assert headline(setting).startswith("M10 is more robust than M9, M8, M7") == robust
+    said = "With 11 cases no p can be below 0.001 before that correction, nor below 0.054 after it, so no model can be"
+    assert (said in evidence(setting)) != robust
+    assert (setting.p_note == "") == robust
 
 
 def test_a_difference_is_the_same_from_both_sides(two):

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from nnunet_ima.evaluation.metrics import adi, class_scores, tvdi
 from nnunet_ima.evaluation.statistics import (
+    RESAMPLES,
     adi_difference,
     dice_sums,
     holm,
+    permutations_for,
     smallest_p,
     tvdi_difference,
     tvdi_interval,
@@ -180,6 +182,19 @@ def test_no_p_is_below_the_smallest_and_a_clear_difference_reaches_it(cases):
     """All cases differ in the same direction: only the swaps of none and of all are as extreme."""
     worse, better = some_cases(7, cases, 0.3, spread=0.01), some_cases(7, cases, 0.8, spread=0.01)
     assert tvdi_difference(better, worse).p == pytest.approx(smallest_p(cases)) == 2 / 2**cases
+
+
+@pytest.mark.parametrize(("cases", "tests"), [(11, 1), (12, 1), (20, 1), (20, 55), (12, 55), (13, 55), (16, 190)])
+def test_no_number_of_tests_makes_a_clear_difference_of_enough_cases_chance(cases, tests):
+    """Of random swaps, too, p cannot be below what their number allows; the more tests, the more swaps are drawn."""
+    worse, better = some_cases(7, cases, 0.3, spread=0.01), some_cases(7, cases, 0.8, spread=0.01)
+    least = smallest_p(cases, permutations_for(tests))
+    found = tvdi_difference(better, worse, permutations=permutations_for(tests)).p
+    assert least <= found <= 2.5 * least
+    assert tests * least < (0.011 if cases > 13 else 0.03)
+    # 2,000 of them, as before, would leave none of 55 below 5 %.
+    assert permutations_for(1) == RESAMPLES == 2000
+    assert 55 * smallest_p(20, RESAMPLES) > 0.05
 
 
 def test_holm_is_what_the_definition_says_of_an_example():

@@ -20,12 +20,14 @@ from nnunet_ima.evaluation.report.attacks_run import other_definition, same_atta
 from nnunet_ima.evaluation.report.charts import COLOURS
 from nnunet_ima.evaluation.results import CLAMPED, UNTOUCHED, Key, Results
 from nnunet_ima.evaluation.statistics import (
+    CONFIDENCE,
     FEWEST,
     Difference,
     Interval,
     adi_difference,
     dice_sums,
     holm,
+    permutations_for,
     smallest_p,
     tvdi_difference,
     tvdi_interval,
@@ -274,9 +276,21 @@ class Setting:
             return " Samples of one case resemble each other, so p is too small."
         table = self.compared[0].samples[UNTOUCHED]
         cases = len(units(table.cases, table.counts)[1])
-        least = smallest_p(cases)
-        before = " before that correction" if len(self.pairs) > 1 else ""
-        return f" With {cases} cases no p can be below {least:.3f}{before}." if least > 0.001 else ""
+        least = smallest_p(cases, self._permutations)
+        corrected = len(self.pairs) * least
+        never = corrected >= 1 - CONFIDENCE
+        if least <= 0.001 and not never:
+            return ""
+        said = f" With {cases} cases no p can be below {least:.3f}"
+        if len(self.pairs) > 1:
+            said += " before that correction"
+        if never:
+            said += f", nor below {corrected:.3f} after it, so no model can be called more robust than another"
+        return f"{said}."
+
+    @property
+    def _permutations(self) -> int:
+        return permutations_for(len(self.pairs))
 
     @property
     def correction(self) -> str:
@@ -318,7 +332,8 @@ class Setting:
         if self.runs.index(run) < self.runs.index(other):  # resampled once a pair
             return _opposite(self._difference(other, their_key, run, key))
         one, two = run.samples[key], other.samples[their_key]
-        return tvdi_difference(units(one.cases, one.counts)[1], units(two.cases, two.counts)[1])
+        counts = (units(table.cases, table.counts)[1] for table in (one, two))
+        return tvdi_difference(*counts, permutations=self._permutations)
 
     def adi_difference(self, run: Results, other: Results, level: str | None) -> Difference | None:
         """The same of ADI, the mean of the samples' own Dice, on the images of lowest Dice."""
@@ -326,7 +341,7 @@ class Setting:
             return None
         tables = [one.samples[UNTOUCHED if level is None else self.worst(one, level)] for one in (run, other)]
         ours, theirs = (dice_sums(table.cases, table.dice) for table in tables)
-        return adi_difference(ours, theirs)
+        return adi_difference(ours, theirs, permutations=self._permutations)
 
     @cache  # noqa: B019 (settings live as long as the report)
     def mean_difference(self, run: Results, other: Results) -> Difference | None:
@@ -341,7 +356,7 @@ class Setting:
                 [model.samples[self.worst(model, text)] for text, _ in self.levels] for model in (run, other)
             )
         )
-        return tvdi_difference(one, two)
+        return tvdi_difference(one, two, permutations=self._permutations)
 
     def corrected_mean_difference(self, run: Results, other: Results) -> Difference | None:
         """The same, with p corrected for the number of pairs of models that are compared (Holm)."""
