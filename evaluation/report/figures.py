@@ -332,8 +332,8 @@ class Setting:
         if self.runs.index(run) < self.runs.index(other):  # resampled once a pair
             return _opposite(self._difference(other, their_key, run, key))
         one, two = run.samples[key], other.samples[their_key]
-        counts = (units(table.cases, table.counts)[1] for table in (one, two))
-        return tvdi_difference(*counts, permutations=self._permutations)
+        ours, theirs = units(one.cases, one.counts)[1], units(two.cases, two.counts)[1]
+        return tvdi_difference(ours, theirs, permutations=self._permutations)
 
     def adi_difference(self, run: Results, other: Results, level: str | None) -> Difference | None:
         """The same of ADI, the mean of the samples' own Dice, on the images of lowest Dice."""
