@@ -23,6 +23,12 @@ from nnunet_ima.evaluation.records import Records, part_folder
 MOVED_BY_A_SEED = 0.018
 # As in the head of a summary; runs of before do not tell.
 Z_SCORED = {"channels": 1, "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False]}
+MASKED, MASKED_WORDS = {**Z_SCORED, "use_mask_for_norm": [True]}, "ZScoreNormalization (nonzero region)"
+CT = {
+    "channels": 1, "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
+    "intensities": {"0": {"mean": 99.5, "std": 39.5}},
+}  # fmt: skip
+CT_WORDS = "CTNormalization (mean 99.5, std 39.5)"
 NOISE, ATTACK, ENSEMBLE = "white-noise:draws=3", "apgd:steps=4", "autoattack:version=fast"
 
 

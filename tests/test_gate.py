@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from results_of_runs import Z_SCORED, make_run
+from results_of_runs import CT, CT_WORDS, MASKED, MASKED_WORDS, make_run
 
 from nnunet_ima.attacks import APGD
 from nnunet_ima.attacks.autoattack import VERSIONS
@@ -278,17 +278,11 @@ def test_what_older_versions_did_not_note_is_said_and_judged(gate, good, tmp_pat
     assert gate(fragile, "--baseline", old)[0] == 1
 
 
-CT = {
-    "channels": 1, "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
-    "intensities": {"0": {"mean": 99.5, "std": 39.5}},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("noted", "words"),
     [
-        (CT, "CTNormalization (mean 99.5, std 39.5)"),
-        ({**Z_SCORED, "use_mask_for_norm": [True]}, "ZScoreNormalization (nonzero region)"),
+        (CT, CT_WORDS),
+        (MASKED, MASKED_WORDS),
         ({"channels": 2, "normalization_schemes": ["ZScoreNormalization"] * 2, "use_mask_for_norm": [False] * 2},
          "ZScoreNormalization, ZScoreNormalization"),
     ],

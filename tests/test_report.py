@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from results_of_runs import ATTACK, ENSEMBLE, NOISE, Z_SCORED, make_run
+from results_of_runs import ATTACK, CT, CT_WORDS, ENSEMBLE, MASKED, MASKED_WORDS, NOISE, Z_SCORED, make_run
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.command_line import _parser, main
@@ -830,16 +830,10 @@ def test_what_cannot_be_compared_is_not(tmp_path):
     assert "TVDI under each attack" not in text
 
 
-CT = {
-    "channels": 1, "normalization_schemes": ["CTNormalization"], "use_mask_for_norm": [False],
-    "intensities": {"0": {"mean": 99.5, "std": 39.5}},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("noted", "words"),
-    [(CT, "CTNormalization (mean 99.5, std 39.5)"),
-     ({**Z_SCORED, "use_mask_for_norm": [True]}, "ZScoreNormalization (nonzero region)")],
+    [(CT, CT_WORDS),
+     (MASKED, MASKED_WORDS)],
 )  # fmt: skip
 def test_levels_in_other_units_are_not_compared(tmp_path, noted, words):
     """Two plans whose patches and samples are the same, but not what L2 5 does to a scan."""
