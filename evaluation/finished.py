@@ -1,4 +1,4 @@
-"""Is a finished evaluation the one that a command would make? Told by what it sealed, not by the command's words."""
+"""Is an evaluation the one that a command would make? Told by what it sealed, not by the command's words alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import members_of_choice, parse_attack
 from nnunet_ima.evaluation.command_line import read_arguments
 from nnunet_ima.evaluation.environment import versions
@@ -37,6 +38,40 @@ def is_finished(folder: Path, command: Sequence[str]) -> bool:
     wanted = asked_for(command)
     refuse_different(_same_keys(read_run(folder)["identity"], wanted), wanted, folder)
     return True
+
+
+def is_of_this(head: Mapping[str, Any], command: str, checkpoint: Path) -> bool:
+    """Whether a run was begun by this very command, of the weights that are here now, by this very program.
+
+    So ``select`` and ``grid`` know what they measured before: candidates are compared with each other, so all are
+    measured by one program, and figures of weights that are no more say nothing of those in their place.
+
+    Args:
+        head: of the run, or its summary, which begins with it.
+        command: as it is noted.
+        checkpoint: the file; where there is none, no run is of it.
+    """
+    return bool(
+        head.get("command") == command
+        and head["model"]["sha256"] == digest_of(checkpoint)
+        and head["versions"] == versions()
+    )
+
+
+def begun_in(folder: Path) -> dict[str, Any]:
+    """The head of the run in a folder; empty where there is none, or it is damaged."""
+    try:
+        return dict(read_run(folder)["head"])
+    except UserError:
+        return {}
+
+
+def digest_of(checkpoint: Path) -> str:
+    """SHA-256 of a file; empty where there is none."""
+    if not checkpoint.is_file():
+        return ""
+    now = checkpoint.stat()
+    return _digest(checkpoint, now.st_mtime_ns, now.st_size)
 
 
 def asked_for(command: Sequence[str]) -> dict[str, Any]:
@@ -80,10 +115,8 @@ def _same_keys(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str,
 
 def _weights(checkpoint: Path) -> dict[str, str]:
     """Their digest, nothing where there is no such file: results may have been taken elsewhere without the model."""
-    if not checkpoint.is_file():
-        return {}
-    now = checkpoint.stat()
-    return {"sha256": _digest(checkpoint, now.st_mtime_ns, now.st_size)}
+    found = digest_of(checkpoint)
+    return {"sha256": found} if found else {}
 
 
 @cache

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,12 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.configure import PlannedDataset, in_force, settings_of, write_plans
 from nnunet_ima.evaluation.environment import nnunet_folder, trainers_folder
+from nnunet_ima.evaluation.finished import begun_in, is_of_this
 from nnunet_ima.evaluation.models import Fold, read_json
 from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.evaluation.results import read_if_whole
 from nnunet_ima.evaluation.steps import Steps, resume_options
-from nnunet_ima.evaluation.summary import UNLEARNED, UNLEARNED_NOTE, nothing_learned
+from nnunet_ima.evaluation.summary import UNLEARNED, UNLEARNED_NOTE, UNTRUSTED, UNTRUSTED_NOTE, nothing_learned
 from nnunet_ima.files import atomic_path, write_text
 from nnunet_ima.lp import Norm
 from nnunet_ima.settings import KEY, validate
@@ -46,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Score:
-    """What became of it: TVDI in [0, 1], clean and attacked; whether the weights know the cases, or anything."""
+    """What became of it: TVDI in [0, 1], clean and attacked, and what speaks against these figures."""
 
     point: Point
     clean: float
@@ -54,6 +56,7 @@ class Score:
     trained_on_these_cases: bool = False
     started_from_unknown: bool = False
     learned: bool = True
+    trusted: bool = True
 
     @property
     def geometric_mean(self) -> float:
@@ -120,14 +123,19 @@ class Grid:
                         trained_on_these_cases=bool(summary["trained_on_these_cases"]),
                         started_from_unknown=bool(summary["started_from_unknown_weights"]),
                         learned=not nothing_learned(summary),
+                        trusted=bool(summary["trusted"]),
                     )
                 )  # fmt: skip
         return scores
 
     def _finished(self, point: Point) -> Mapping[str, Any] | None:
-        """A result that is whole and of this grid: a folder may hold those of other trainers, attacks or levels."""
-        summary = read_if_whole(self.output / point.name) or {}
-        return summary if summary.get("command") == shlex.join(self._evaluation(point)) else None
+        """A result that is whole and of this grid: a folder may hold those of other weights, attacks or levels."""
+        summary = read_if_whole(self.output / point.name)
+        return summary if summary is not None and self._is_of_this(summary, point) else None
+
+    def _is_of_this(self, head: Mapping[str, Any], point: Point) -> bool:
+        checkpoint = self._model(point) / f"fold_{self.fold}" / "checkpoint_final.pth"
+        return is_of_this(head, shlex.join(self._evaluation(point)), checkpoint)
 
     def report(self, scores: Sequence[Score]) -> str:
         """Write grid.csv and grid.png; returns a table for people."""
@@ -135,11 +143,12 @@ class Grid:
             return "No job is finished yet.\n"
         write_text(self.output / "grid.csv", _csv(scores))
         draw(scores, f"{self.trainer}, {self.planned.folder.name} {self.configuration}", self.output / "grid.png")
-        best = max(scores, key=lambda score: (score.learned, score.geometric_mean))
+        best = max(scores, key=lambda score: (score.learned, score.trusted, score.geometric_mean))
         lines = ["| ε | Δε | clean | attacked | geometric mean | |", "| --- | --- | --- | --- | --- | --- |"]
         for score in scores:
             figures = " | ".join(f"{100 * value:.1f}" for value in (score.clean, score.robust, score.geometric_mean))
             marks = [*(["**best**"] if score == best else []), *([] if score.learned else [UNLEARNED])]
+            marks += [] if score.trusted else [UNTRUSTED]
             lines.append(
                 f"| {score.point.epsilon:g} | {score.point.delta_epsilon:g} | {figures} | {', '.join(marks)} |"
             )
@@ -147,6 +156,8 @@ class Grid:
             lines += ["", f"{len(self.points) - len(scores)} of {len(self.points)} jobs are not finished."]
         if not all(score.learned for score in scores):
             lines += ["", UNLEARNED_NOTE]
+        if not all(score.trusted for score in scores):
+            lines += ["", UNTRUSTED_NOTE]
         if any(score.trained_on_these_cases for score in scores):
             lines += ["", "The weights of some jobs learned from some of these very cases; the figures flatter them."]
         elif any(score.started_from_unknown for score in scores):
@@ -194,8 +205,13 @@ class Grid:
         steps.run(f"train_{point.name}", command, "Epoch ")
 
     def _attack(self, steps: Steps, point: Point) -> None:
-        if self._finished(point) is None:
-            steps.run(f"evaluate_{point.name}", self._evaluation(point))
+        if self._finished(point) is not None:
+            return
+        folder, command = self.output / point.name, self._evaluation(point)
+        begun = begun_in(folder)
+        if begun.get("command") == shlex.join(command) and not self._is_of_this(begun, point):
+            shutil.rmtree(folder)  # of weights or a program that are no more; anybody else's is refused by evaluate
+        steps.run(f"evaluate_{point.name}", command)
 
     def _evaluation(self, point: Point) -> list[str]:
         command = ["nnunet_ima", "evaluate", "-m", str(self._model(point)), "-f", str(self.fold), "--norm", self.norm]
@@ -232,11 +248,11 @@ def points_of(epsilons: Sequence[float], delta_epsilons: Sequence[float]) -> lis
 def _csv(scores: Sequence[Score]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["epsilon", "delta_epsilon", "clean_tvdi", "robust_tvdi", "geometric_mean"])
+    marks = ["learned", "trusted", "trained_on_these_cases", "started_from_unknown"]
+    writer.writerow(["epsilon", "delta_epsilon", "clean_tvdi", "robust_tvdi", "geometric_mean", *marks])
     for score in scores:
-        writer.writerow(
-            [score.point.epsilon, score.point.delta_epsilon, score.clean, score.robust, score.geometric_mean]
-        )
+        figures = [score.clean, score.robust, score.geometric_mean]
+        writer.writerow([score.point.epsilon, score.point.delta_epsilon, *figures, *(getattr(score, m) for m in marks)])
     return stream.getvalue()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -18,13 +17,13 @@ import torch
 from nnunet_ima.checkpoints import safe_load
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.attack_choice import parse_attack
-from nnunet_ima.evaluation.environment import choose_device, versions
+from nnunet_ima.evaluation.environment import choose_device
 from nnunet_ima.evaluation.evaluate import Request, evaluate, read_fold
-from nnunet_ima.evaluation.identity import read_run
+from nnunet_ima.evaluation.finished import begun_in, digest_of, is_of_this
 from nnunet_ima.evaluation.models import load_model, read_json
 from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.evaluation.results import read_if_whole, read_summary
-from nnunet_ima.evaluation.summary import UNLEARNED, UNLEARNED_NOTE, nothing_learned
+from nnunet_ima.evaluation.summary import UNLEARNED, UNLEARNED_NOTE, UNTRUSTED, UNTRUSTED_NOTE, nothing_learned
 from nnunet_ima.files import atomic_path, write_text
 from nnunet_ima.settings import KEY
 
@@ -48,6 +47,7 @@ class Candidate:
         within_budget: whether its clean Dice is close enough to the best.
         learned: whether there is anything that an attack could take; see
             :func:`~nnunet_ima.evaluation.summary.nothing_learned`.
+        trusted: whether all checks of its evaluation passed.
     """
 
     checkpoint: str
@@ -58,6 +58,7 @@ class Candidate:
     trained_on_these_cases: bool = False
     within_budget: bool = True
     learned: bool = True
+    trusted: bool = True
 
 
 def select(request: Request, max_clean_drop: float, reference: Path | None) -> tuple[Candidate, Path]:
@@ -84,7 +85,7 @@ def select(request: Request, max_clean_drop: float, reference: Path | None) -> t
     if reference is not None:
         theirs = replace(request, model=reference, checkpoint=FINAL)
         # Stock models of several seeds, say, bear one name.
-        aim = _measure(_in_its_place(theirs, output, f"reference_{_digest(_checkpoint_of(theirs))[:8]}")).clean
+        aim = _measure(_in_its_place(theirs, output, f"reference_{digest_of(_checkpoint_of(theirs))[:8]}")).clean
     measured = [_measure(_in_its_place(replace(request, checkpoint=file.name), output, file.stem)) for file in files]
     measured.sort(key=lambda candidate: (candidate.epoch, candidate.checkpoint))
     if reference is None:
@@ -98,11 +99,16 @@ def select(request: Request, max_clean_drop: float, reference: Path | None) -> t
             f"No checkpoint is within {max_clean_drop:g} points of {100 * aim:.1f} % clean Dice; the closest, "
             f"{best.checkpoint}, has {100 * best.clean:.1f} %: raise --max-clean-drop, or train with a smaller epsilon."
         )
-    chosen = max(allowed, key=lambda candidate: (candidate.learned, candidate.robust, candidate.clean))
+    chosen = max(allowed, key=_rank)
     with atomic_path(fold / SELECTED) as temporary:
         shutil.copyfile(fold / chosen.checkpoint, temporary)
     _write(output, found, chosen, aim, max_clean_drop, request)
     return chosen, output
+
+
+def _rank(candidate: Candidate) -> tuple[bool, bool, float, float]:
+    """Of two, the larger one is chosen: what hides its gradients looks most robust."""
+    return candidate.learned, candidate.trusted, candidate.robust, candidate.clean
 
 
 def _check(request: Request, reference: Path | None) -> None:
@@ -122,12 +128,9 @@ def _measure(request: Request) -> Candidate:
     """Clean and attacked TVDI; what the same program measured before of the same file in the same way is read."""
     assert request.output is not None
     checkpoint, folder = _checkpoint_of(request), request.output
-    begun: Mapping[str, Any] = {}
-    with contextlib.suppress(UserError):  # missing, or damaged: evaluate writes it anew, or says what is the matter
-        begun = read_run(folder)["head"]
-    same = begun.get("command") == request.command and begun["model"]["sha256"] == _digest(checkpoint)
-    # Candidates are compared with each other, so all are measured by one program.
-    same = same and begun["versions"] == versions()
+    # Missing, or damaged: evaluate writes it anew, or says what is the matter.
+    begun = begun_in(folder)
+    same = is_of_this(begun, request.command, checkpoint)
     if not same and str(begun.get("command", "")).startswith(MINE):
         shutil.rmtree(folder)  # of a file or program that is no more; anybody else's is refused by evaluate
     summary = read_if_whole(folder) if same else None
@@ -146,6 +149,7 @@ def _measure(request: Request) -> Candidate:
         robust=float(summary["results"][0]["tvdi"]),
         trained_on_these_cases=bool(summary["trained_on_these_cases"]),
         learned=not nothing_learned(summary),
+        trusted=bool(summary["trusted"]),
     )
 
 
@@ -169,10 +173,6 @@ def _way(request: Request) -> tuple[Any, ...]:
 
 def _checkpoint_of(request: Request) -> Path:
     return _model_of(request) / f"fold_{request.fold}" / request.checkpoint
-
-
-def _digest(checkpoint: Path) -> str:
-    return hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else ""
 
 
 def _model_of(request: Request) -> Path:
@@ -205,10 +205,13 @@ def table(found: Sequence[Candidate], chosen: Candidate) -> str:
         margin = "" if candidate.largest_margin is None else f"{candidate.largest_margin:.2f}"
         marks = ["**selected**"] if candidate == chosen else [] if candidate.within_budget else ["clean Dice too low"]
         marks += [] if candidate.learned else [UNLEARNED]
+        marks += [] if candidate.trusted else [UNTRUSTED]
         dice = f"{100 * candidate.clean:.1f} | {100 * candidate.robust:.1f}"
         lines.append(f"| {candidate.checkpoint} | {candidate.epoch} | {margin} | {dice} | {', '.join(marks)} |")
     if not all(candidate.learned for candidate in found):
         lines += ["", UNLEARNED_NOTE]
+    if not all(candidate.trusted for candidate in found):
+        lines += ["", UNTRUSTED_NOTE]
     if any(candidate.trained_on_these_cases for candidate in found):
         lines += ["", "The weights learned from some of these very cases; the figures flatter them."]
     return "\n".join(lines) + "\n"

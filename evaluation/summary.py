@@ -128,6 +128,12 @@ UNLEARNED_NOTE = (
     "it says nothing of robustness; train it longer, or see whether it fits these data.**"
 )
 
+UNTRUSTED = "not to be trusted"
+UNTRUSTED_NOTE = (
+    "**Where figures are not to be trusted, a check of the attack failed: what it left may not be robustness, but an "
+    "attack that did not work; `table.md` in the folder of that evaluation says which check.**"
+)
+
 
 def nothing_learned(summary: Mapping[str, Any]) -> bool:
     """Whether without any attack not one sample is correct, nor TVDI above the same threshold: nothing can be lost.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import shlex
 from dataclasses import replace
@@ -13,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunet_project import PLANS, read, write
 from PIL import Image
+from results_of_runs import make_run
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.configure import PlannedDataset, find_planned
+from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.grid import Grid, Point, Score, draw, points_of
-from nnunet_ima.evaluation.identity import sealed
 from nnunet_ima.evaluation.steps import Steps
-from nnunet_ima.evaluation.summary import SCHEMA
 
 values = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 
@@ -60,7 +61,7 @@ def test_values_must_be_above_zero_and_finite(bad):
 
 
 scores = st.lists(
-    st.tuples(st.integers(1, 4), st.integers(1, 4), st.floats(0, 1), st.floats(0, 1), st.booleans()),
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans()),
     min_size=1, max_size=6, unique_by=lambda score: score[:2],
 )  # fmt: skip
 
@@ -69,20 +70,23 @@ scores = st.lists(
 @given(scores)
 def test_the_table_marks_the_highest_geometric_mean_and_the_csv_holds_all(tmp_path_factory, found):
     output = tmp_path_factory.mktemp("grid")
-    made = [Score(Point(e, d), clean, robust, learned=learned) for e, d, clean, robust, learned in found]
+    made = [Score(Point(e, d), clean, robust, learned=fit, trusted=true) for e, d, clean, robust, fit, true in found]
     grid = grid_of([score.point for score in made], output)
     table = grid.report(made)
-    # One that has not learned its task is the best only where none has.
-    anything = any(learned for *_, learned in found)
-    best = max(math.sqrt(clean * robust) for _, _, clean, robust, learned in found if learned or not anything)
-    assert table.count("| has not learned") + table.count(", has not") == sum(not learned for *_, learned in found)
-    assert ("says nothing of robustness" in table) is not all(learned for *_, learned in found)
+    # One that has not learned its task, or that a check failed of, is the best only where all are so.
+    *_, best = max((fit, true, math.sqrt(clean * robust)) for _, _, clean, robust, fit, true in found)
+    rows = [line.rpartition(" | ")[2] for line in table.splitlines() if line.startswith("| ")][2:]
+    assert ["has not learned" not in row for row in rows] == [score.learned for score in made]
+    assert ["not to be trusted" not in row for row in rows] == [score.trusted for score in made]
+    assert ("says nothing of robustness" in table) is not all(score.learned for score in made)
+    assert ("a check of the attack failed" in table) is not all(score.trusted for score in made)
     (marked,) = [line for line in table.splitlines() if "**best**" in line]
     assert f" {100 * best:.1f} | **best**" in marked
     with (output / "grid.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert [(float(r["epsilon"]), float(r["delta_epsilon"])) for r in rows] == [(e, d) for e, d, *_ in found]
     assert [float(r["geometric_mean"]) for r in rows] == [score.geometric_mean for score in made]
+    assert [(r["learned"], r["trusted"]) for r in rows] == [(str(s.learned), str(s.trusted)) for s in made]
 
 
 def test_the_heat_map_has_a_field_for_each_job(tmp_path):
@@ -123,62 +127,105 @@ def test_what_cannot_be_done_ends_with_a_sentence(project, tmp_path, capsys, arg
     assert plans() == before
 
 
-CLEAN = {"tvdi": 0.8, "robust_share": 0.9, "n_samples": 20}
-CRITERION = {"criterion": {"dice_threshold": 0.6}}
-
-
-def test_a_job_of_which_no_sample_is_correct_is_known_to_have_learned_nothing(project, tmp_path, monkeypatch):
+@pytest.fixture
+def results(project, tmp_path, monkeypatch) -> Path:
+    """An empty folder of trained models."""
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     (tmp_path / "results").mkdir()
+    return tmp_path / "results"
+
+
+def train(grid: Grid, point: Point, weights: bytes = b"weights") -> Path:
+    file = grid._model(point) / f"fold_{grid.fold}" / "checkpoint_final.pth"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(weights)
+    return file
+
+
+def measure(grid: Grid, point: Point, *, by: Grid | None = None, clean: float = 0.9, attacked: float = 0.5,
+            knows: bool = False, program: str = "") -> Path:  # fmt: skip
+    """As this grid, or another one, would have left it in this one's folder."""
+    weights = train(grid, point).read_bytes()
+    command = shlex.join((by or grid)._evaluation(point))
+    now = {**versions(), **({"nnunet_ima's sources": program} if program else {})}
+    return make_run(
+        grid.output / point.name, clean=clean, attacked={"5": attacked}, trained_on=knows, cases=2, tiles=2,
+        files={"sha256": hashlib.sha256(weights).hexdigest()}, about={"command": command, "versions": now},
+    )  # fmt: skip
+
+
+def asked_of(grid: Grid, point: Point, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The steps that the grid takes to attack a job."""
+    steps = Steps(grid.output / "logs", {})
+    ran: list[str] = []
+    monkeypatch.setattr(steps, "run", lambda step, _: ran.append(step))
+    grid._attack(steps, point)
+    return ran
+
+
+def test_a_job_of_which_no_sample_is_correct_is_known_to_have_learned_nothing(results, tmp_path):
     points = [Point(5, 1), Point(10, 1)]
     grid = grid_of(points, tmp_path)
-    for point, clean in zip(points, (CLEAN, {"tvdi": 0.3, "robust_share": 0.0, "n_samples": 20}), strict=True):
-        (tmp_path / point.name).mkdir()
-        head = {"schema": SCHEMA, "command": shlex.join(grid._evaluation(point)), "started_from_unknown_weights": False}
-        figures = {"clean": clean, **CRITERION, "results": [{"tvdi": 0.3}], "trained_on_these_cases": False}
-        write(tmp_path / point.name / "summary.json", sealed({**head, **figures}))
+    measure(grid, points[0])
+    measure(grid, points[1], clean=0.3, attacked=0.2)
     assert [score.learned for score in grid.collect()] == [True, False]
 
 
-def test_results_of_another_attack_or_trainer_are_not_of_this_grid(project, tmp_path, monkeypatch):
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    (tmp_path / "results").mkdir()
+def test_a_job_of_which_a_check_failed_is_known_not_to_be_trusted(results, tmp_path):
     points = [Point(5, 1), Point(10, 1)]
     grid = grid_of(points, tmp_path)
-    for point, level in zip(points, ("5", "10"), strict=True):
-        (tmp_path / point.name).mkdir()
-        command = shlex.join(replace(grid, level=level)._evaluation(point))
-        figures = {"clean": CLEAN, **CRITERION, "results": [{"tvdi": 0.5}], "trained_on_these_cases": True}
-        figures["started_from_unknown_weights"] = False
-        summary = sealed({"schema": SCHEMA, "command": command, **figures})
-        write(tmp_path / point.name / "summary.json", summary)
-    assert grid.collect() == [Score(points[0], 0.8, 0.5, trained_on_these_cases=True)]
+    measure(grid, points[0])
+    measure(grid, points[1], attacked=0.95)
+    assert [score.trusted for score in grid.collect()] == [True, False]
+
+
+def test_results_of_another_attack_or_trainer_are_not_of_this_grid(results, tmp_path, monkeypatch):
+    points = [Point(5, 1), Point(10, 1)]
+    grid = grid_of(points, tmp_path)
+    figures = read(measure(grid, points[0], knows=True) / "summary.json")
+    others = measure(grid, points[1], by=replace(grid, level="10"))
+    (found,) = grid.collect()
+    assert (found.clean, found.robust) == (figures["clean"]["tvdi"], figures["results"][0]["tvdi"])
+    assert found.point == points[0]
+    assert found.trained_on_these_cases
     assert replace(grid, trainer="nnUNetTrainerIMA_50epochs").collect() == []
+    # That they are in the way is for evaluate to say: they are nobody's to remove.
+    assert asked_of(grid, points[1], monkeypatch) == ["evaluate_e10_d1"]
+    assert (others / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("what", ["as it was", "trained anew", "another program", "no model"])
+def test_results_of_weights_or_a_program_that_are_no_more_are_made_again(results, tmp_path, monkeypatch, what):
+    point = Point(5, 1)
+    grid = grid_of([point], tmp_path)
+    folder = measure(grid, point, program="0123456789abcdef" if what == "another program" else "")
+    if what == "trained anew":
+        train(grid, point, b"other weights")
+    if what == "no model":
+        train(grid, point).unlink()
+    fits = what == "as it was"
+    assert len(grid.collect()) == fits
+    assert asked_of(grid, point, monkeypatch) == ([] if fits else ["evaluate_e5_d1"])
+    # Else evaluate would refuse to write there.
+    assert folder.exists() is fits
 
 
 @pytest.mark.parametrize("what", ["as it was", "edited", "cut", "no table"])
-def test_a_result_that_was_edited_or_damaged_is_made_again_and_not_believed(project, tmp_path, monkeypatch, what):
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    (tmp_path / "results").mkdir()
+def test_a_result_that_was_edited_or_damaged_is_made_again_and_not_believed(results, tmp_path, monkeypatch, what):
     point = Point(5, 1)
     grid = grid_of([point], tmp_path)
-    file = tmp_path / point.name / "summary.json"
-    file.parent.mkdir()
-    figures = {"clean": CLEAN, **CRITERION, "results": [{"tvdi": 0.5}], "trained_on_these_cases": False}
-    command = shlex.join(grid._evaluation(point))
-    summary = sealed({"schema": SCHEMA, "command": command, **figures, "started_from_unknown_weights": False})
-    write(file, {**summary, "results": [{"tvdi": 0.9}]} if what == "edited" else summary)
+    file = measure(grid, point) / "summary.json"
+    if what == "edited":
+        write(file, {**read(file), "results": [{"tvdi": 0.9}]})
     if what == "cut":
         file.write_bytes(file.read_bytes()[:-9])
     if what == "no table":
         file.write_text("[]", encoding="utf-8")
-    steps = Steps(tmp_path / "logs", {})
-    ran: list[str] = []
-    monkeypatch.setattr(steps, "run", lambda step, _: ran.append(step))
-    grid._attack(steps, point)
     whole = what == "as it was"
-    assert grid.collect() == ([Score(point, 0.8, 0.5)] if whole else [])
-    assert ran == ([] if whole else ["evaluate_e5_d1"])
+    assert len(grid.collect()) == whole
+    assert asked_of(grid, point, monkeypatch) == ([] if whole else ["evaluate_e5_d1"])
+    # Its records are whole: evaluate goes on from there.
+    assert (file.parent / "records").is_dir()
 
 
 def test_the_grids_plans_follow_the_users(project, tmp_path):

@@ -71,8 +71,10 @@ def test_select_measures_chooses_draws_and_copies(hardened, tmp_path, capsys):
     # Those of epochs in which hardly anything was learned are among them.
     for candidate in selection["candidates"]:
         (folder,) = tmp_path.glob(f"*/{Path(candidate['checkpoint']).stem}")
-        assert candidate["learned"] is not nothing_learned(read(folder / "summary.json"))
-    best = max(selection["candidates"], key=lambda c: (c["learned"], c["robust"], c["clean"]))
+        summary = read(folder / "summary.json")
+        assert candidate["learned"] is not nothing_learned(summary)
+        assert candidate["trusted"] is summary["trusted"]
+    best = max(selection["candidates"], key=lambda c: (c["learned"], c["trusted"], c["robust"], c["clean"]))
     assert selection["selected"] == best["checkpoint"]
     fold = hardened / "fold_0"
     assert (fold / SELECTED).read_bytes() == (fold / best["checkpoint"]).read_bytes()
@@ -193,7 +195,7 @@ def spoil(file: Path) -> None:
     torch.save(checkpoint, file)
 
 
-scores = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans()), min_size=1, max_size=6)
+scores = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans()), min_size=1, max_size=6)
 
 
 @settings(max_examples=50)
@@ -210,16 +212,22 @@ def test_the_chosen_one_is_the_most_robust_of_those_within_the_budget(tmp_path_f
         chosen, _ = select(request(model), drop, None)
     lowest = max(clean for clean, *_ in found) - drop / 100
     # Rounding may decide at the very edge of the budget; one that has learned nothing is chosen only where all have.
-    allowed = [(learned, robust, clean) for clean, robust, learned in found if clean >= lowest]
-    assert (chosen.learned, chosen.robust, chosen.clean) == max(allowed)
+    # So is one of which a check failed.
+    allowed = [(learned, trusted, robust, clean) for clean, robust, learned, trusted in found if clean >= lowest]
+    assert (chosen.learned, chosen.trusted, chosen.robust, chosen.clean) == max(allowed)
     text = (model / "out" / "table.md").read_text(encoding="utf-8")
-    assert text.count("| has not learned") + text.count(", has not") == sum(not learned for *_, learned in found)
-    assert ("says nothing of robustness" in text) is not all(learned for *_, learned in found)
+    rows = [line.rpartition(" | ")[2] for line in text.splitlines() if line.startswith("| ")][2:]
+    assert ["has not learned" not in row for row in rows] == [learned for *_, learned, _ in found]
+    assert ["not to be trusted" not in row for row in rows] == [trusted for *_, trusted in found]
+    assert ("says nothing of robustness" in text) is not all(learned for *_, learned, _ in found)
+    assert ("a check of the attack failed" in text) is not all(trusted for *_, trusted in found)
+    written = read(model / "out" / "selection.json")["candidates"]
+    assert [candidate["trusted"] for candidate in written] == [trusted for *_, trusted in found]
     assert (model / "fold_0" / SELECTED).read_bytes() == (model / "fold_0" / chosen.checkpoint).read_bytes()
 
 
-def measured(asked: Request, clean: float, robust: float, learned: bool = True) -> Candidate:
-    return Candidate(asked.checkpoint, 0, None, clean, robust, learned=learned)
+def measured(asked: Request, clean: float, robust: float, learned: bool = True, trusted: bool = True) -> Candidate:
+    return Candidate(asked.checkpoint, 0, None, clean, robust, learned=learned, trusted=trusted)
 
 
 def request(model: Path) -> Request:
