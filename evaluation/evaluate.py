@@ -19,7 +19,7 @@ from nnunet_ima.evaluation.environment import choose_device
 from nnunet_ima.evaluation.identity import FILE as RUN_FILE
 from nnunet_ima.evaluation.merge import merge
 from nnunet_ima.evaluation.models import Fold, find_model_folder, load_model
-from nnunet_ima.evaluation.protocols import Protocol, ProtocolName, parse_level
+from nnunet_ima.evaluation.protocols import Protocol, ProtocolName, read_levels
 from nnunet_ima.evaluation.records import RECORDS
 from nnunet_ima.evaluation.run import Evaluation, default_batch_size
 from nnunet_ima.lp import Norm
@@ -71,8 +71,7 @@ def evaluate(request: Request, progress: bool = True) -> Path:
         UserError: anything about the request that cannot be done.
     """
     protocol = Protocol(request.protocol, request.norm)
-    texts = request.levels or DEFAULT_LEVELS[request.norm]
-    levels = [parse_level(text, request.norm) for text in dict.fromkeys(texts)]
+    levels = read_levels(request.levels or DEFAULT_LEVELS[request.norm], request.norm)
     attacks = [parse_attack(text) for text in dict.fromkeys(request.attacks)]
     if not 0 <= request.part_id < request.num_parts:
         raise UserError(f"-part_id is {request.part_id}; it must be from 0 to {request.num_parts - 1}.")

@@ -15,6 +15,7 @@ from nnunet_ima.evaluation.command_line import read_arguments
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.evaluate import read_fold
 from nnunet_ima.evaluation.identity import read_run, refuse_different
+from nnunet_ima.evaluation.protocols import read_levels
 from nnunet_ima.evaluation.results import read_summary
 
 
@@ -88,7 +89,7 @@ def asked_for(command: Sequence[str]) -> dict[str, Any]:
         },
         "protocol": options.protocol,
         "norm": options.norm,
-        "levels": list(dict.fromkeys(options.levels)),
+        "levels": [level.text for level in read_levels(options.levels, options.norm)],
         "attacks": [attack.text for attack in attacks],
         "max samples": options.max_samples,
         "seed": options.seed,

@@ -76,6 +76,7 @@ def merge(folder: Path) -> dict[str, Any]:
     run = read_run(folder)
     conditions = conditions_of(run["identity"])
     parts = [Records(part, conditions, digest(run["identity"])) for part in part_folders(folder)]
+    _refuse_other_data(parts)
     _refuse_incomplete(folder, run["identity"], conditions, parts)
     outcomes = [_join(condition, parts) for condition in conditions]
     if not outcomes[0].samples:
@@ -116,6 +117,20 @@ def conditions_of(identity: Mapping[str, Any]) -> list[Condition]:
     return [Condition(name, None) for name in none] + [
         Condition(attack, level) for attack in identity["attacks"] for level in levels
     ]
+
+
+def _refuse_other_data(parts: Sequence[Records]) -> None:
+    """Of a case that several parts attacked, one's scores would stand beside the other's of another image."""
+    known: dict[str, tuple[int, Records]] = {}
+    for part in parts:
+        for case, number in part.fingerprints.items():
+            there, first = known.setdefault(case, (number, part))
+            if number != there:
+                raise UserError(
+                    f"The preprocessed case {case} was not the same for {first.folder} and {part.folder}, so their "
+                    f"results cannot be joined; move away the one that was made of the wrong data, and if cases are "
+                    f"missing then, run that part again."
+                )
 
 
 def _refuse_incomplete(

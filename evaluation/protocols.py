@@ -10,6 +10,7 @@ is normalised, and so are the Linf levels of ``paper``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
@@ -90,6 +91,19 @@ class Protocol:
     def clamp(self, images: Tensor) -> Tensor:
         """What the protocol does to an image without any noise."""
         return images.clamp(0.0, 1.0) if self.name == "paper" else images
+
+
+def read_levels(texts: Sequence[str], norm: Norm) -> list[Level]:
+    """Levels in their order; one that is written twice, as ``5 5.0``, is one, as written first: a mean is over both.
+
+    Raises:
+        UserError: as :func:`parse_level`.
+    """
+    found: dict[float, Level] = {}
+    for text in texts:
+        level = parse_level(text, norm)
+        found.setdefault(level.value, level)
+    return list(found.values())
 
 
 def parse_level(text: str, norm: Norm) -> Level:

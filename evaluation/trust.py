@@ -65,7 +65,9 @@ def _noise_is_weaker(
     for outcome in attacked:
         if _kind(outcome) == WHITE_NOISE:
             noise[outcome.level] = min(dice(outcome), noise.get(outcome.level, np.inf))
-    strong = [o for o in attacked if _kind(o) not in (WHITE_NOISE, *WEAK) and not _content_with_wrong(o)]
+    # A black box uses no gradients, and so tells nothing of them.
+    others = (WHITE_NOISE, *WEAK, *BLACK_BOX)
+    strong = [o for o in attacked if not _is_of(_kind(o), others) and not _content_with_wrong(o)]
     beaten = [_name(o) for o in strong if o.level in noise and dice(o) > noise[o.level] + SLACK]
     if not noise or not strong:
         return []
@@ -73,7 +75,8 @@ def _noise_is_weaker(
         _item(
             name,
             not beaten,
-            f"every attack that goes for the lowest Dice is at least as strong as white noise of the same level{where}",
+            f"every gradient attack that goes for the lowest Dice is at least as strong as white noise of the same "
+            f"level{where}",
             f"white noise is stronger than {', '.join(beaten)}{where}: the gradients are of no use to the attack, so "
             f"the robustness shown is not real",
         )

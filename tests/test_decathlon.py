@@ -777,6 +777,21 @@ def test_sat_of_the_earlier_version_is_the_one_with_the_same_noise(tmp_path):
     assert table.rows_of(4, "TE", 15.0, summary)[-1].published == {}
 
 
+@pytest.mark.parametrize(
+    ("settings", "published"), [({}, "SAT15"), ({"epsilon": 5}, "SAT5"), ({"epsilon": 5, "norm": "linf"}, None)]
+)
+def test_sat_stands_beside_the_published_one_of_the_noise_it_was_trained_with(
+    raw, tmp_path, monkeypatch, settings, published
+):
+    attacked = {"5": 0.7, "10": 0.6}
+    summary = summary_of(tmp_path / "run", attacked=attacked, further={PGD100: attacked})
+    (task,) = a_study(raw, tmp_path / "out", tasks=(4,), methods=("SAT",), settings=settings).tasks
+    monkeypatch.setattr(task, "runs", lambda: [(task.methods[0], task.study.evaluations[0], summary)])
+    row = task.rows()[-1]
+    known = {one.method: one.clean for one in published_rows("Hippocampus", "PGD", "l2")}
+    assert row.published.get("clean") == (None if published is None else known[published])
+
+
 def test_a_phantom_is_not_compared_with_the_paper(tmp_path):
     attacked = {"5": 0.7, "15": 0.6}
     summary = summary_of(tmp_path / "run", dataset="Dataset004_Phantom", attacked=attacked, further={PGD100: attacked})

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from hypothesis import given
+from hypothesis import strategies as st
 from nnunet_project import make_trainer, quiet, read, write
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
@@ -34,10 +36,11 @@ from nnunet_ima.evaluation.attack_choice import AttackChoice, parse_attack
 from nnunet_ima.evaluation.case_level import CaseLevel
 from nnunet_ima.evaluation.cases import Case, ValidationCases
 from nnunet_ima.evaluation.command_line import main
+from nnunet_ima.evaluation.finished import asked_for
 from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.models import TrainedModel, load_model
 from nnunet_ima.evaluation.outcomes import CLEAN, Condition, SampleScore
-from nnunet_ima.evaluation.protocols import Protocol, parse_level
+from nnunet_ima.evaluation.protocols import Protocol, parse_level, read_levels
 from nnunet_ima.evaluation.records import Records
 from nnunet_ima.evaluation.run import Evaluation, Runner, Selection, select_samples
 from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
@@ -785,6 +788,24 @@ def test_bad_data_leaves_no_empty_folder_behind(std_2d, tmp_path, monkeypatch):
     monkeypatch.setattr("nnunet_ima.evaluation.run.Evaluation.run", refuse)
     assert main(["evaluate", "-m", str(std_2d), "-o", str(tmp_path / "out"), "-device", "cpu"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_level_that_is_written_in_two_ways_is_one(std_2d, tmp_path):
+    report = run(tmp_path, "-m", str(std_2d), "--no-cases", "--max-samples", "1", "--levels", "1", "1.0", "2", "1e0",
+                 "--attacks", "pgd:steps=1")  # fmt: skip
+    assert [result["level"] for result in report.summary["results"]] == ["1", "2"]
+    # A study that gave the same command knows it for what it made.
+    assert asked_for(["nnunet_ima", "evaluate", "-m", "m", "--levels", "1", "1.0", "2", "1e0"])["levels"] == ["1", "2"]
+
+
+@given(st.lists(st.tuples(st.integers(1, 255), st.booleans()), min_size=1))
+def test_of_levels_each_value_counts_once_as_it_was_written_first(found):
+    texts = [repr(number / 255) if as_decimal else f"{number}/255" for number, as_decimal in found]
+    first = {number: text for (number, _), text in zip(reversed(found), reversed(texts), strict=True)}
+    numbers = list(dict.fromkeys(number for number, _ in found))
+    assert [(level.text, level.value) for level in read_levels(texts, "linf")] == [
+        (first[number], number / 255) for number in numbers
+    ]
 
 
 def test_a_model_of_unknown_weights_says_so(project, std_2d, tmp_path):

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from little_memory import make_memory_little
 from nnunet_project import quiet, read, write
+from results_of_runs import make_run
 
 from nnunet_ima.attacks.oracle import Watch
 from nnunet_ima.errors import UserError
@@ -644,6 +645,28 @@ def test_runs_of_different_models_are_not_merged(std_2d, in_peace, tmp_path, cap
     answer = sentence(capsys, "--merge", str(in_peace), str(other), "-o", str(tmp_path / "joined"))
     assert "seed: 0 there, 1 here" in answer
     assert not (tmp_path / "joined").exists()
+
+
+def test_parts_that_saw_other_data_of_a_case_are_not_merged(tmp_path, capsys):
+    """Both are whole, and of the same run, but for what was preprocessed."""
+    folders = [make_run(tmp_path / name, jitter=jitter, cases=3) for jitter, name in enumerate(("one", "other"))]
+    joined = tmp_path / "joined"
+    for number, folder in enumerate(folders):
+        identity = read(folder / "run.json")["identity"]
+        (part,) = part_folders(folder)
+        records = Records(part, conditions_of(identity), digest(identity))
+        with records.writing():
+            records.plan(records.planned, sorted(records.complete_cases), {"case_000": 7, "case_001": 8 + number})
+    answer = sentence(capsys, "--merge", *map(str, folders), "-o", str(joined))
+    assert "case_001" in answer
+    assert all(part.name in answer for part in part_folders(joined))
+    assert not (joined / "summary.json").exists()
+    with pytest.MonkeyPatch.context() as patch, quiet():
+        for name in ("worst", "dice_against_level"):
+            patch.setattr(f"nnunet_ima.evaluation.merge.draw_{name}", lambda *_: None)
+        # As the sentence advises.
+        shutil.rmtree(part_folders(joined)[1])
+        assert main(["evaluate", "--merge", "-o", str(joined)]) == 0
 
 
 def test_results_of_a_version_without_records_are_not_overwritten(std_2d, tmp_path, capsys):

@@ -66,6 +66,14 @@ def test_noise_that_is_stronger_than_an_attack_is_flagged():
     assert failed(outcome("apgd", 0.8), outcome("white-noise", 0.5)) == {"gradients_beat_noise"}
 
 
+@pytest.mark.parametrize("black", ["square:n_queries=50", "spsa"])
+def test_noise_that_is_stronger_than_a_black_box_says_nothing_of_gradients(black):
+    attacked = [outcome("white-noise", 0.8), outcome(black, 0.85), outcome("apgd", 0.2)]
+    assert failed(*attacked) == set()
+    assert "gradients_beat_noise" in names(*attacked)
+    assert "gradients_beat_noise" not in names(*attacked[:2])
+
+
 def test_of_several_kinds_of_noise_the_strongest_counts():
     weak, strong = outcome("white-noise", 0.7), outcome("white-noise:draws=1000", 0.3)
     for noises in ((weak, strong), (strong, weak)):

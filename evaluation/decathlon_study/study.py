@@ -388,11 +388,12 @@ class TaskStudy:
 
     def rows(self) -> list[table.Row]:
         """For the table of all tasks."""
-        return [
-            row
-            for method, _, summary in self.runs()
-            for row in table.rows_of(self.given.paper.number, method.title, self.given.paper.epsilon, summary)
-        ]
+        found = []
+        for method, _, summary in self.runs():
+            trained = method.settings
+            epsilon = float(trained["epsilon"]) if trained.get("norm", "l2") == "l2" else None
+            found += table.rows_of(self.given.paper.number, method.title, epsilon, summary)
+        return found
 
     def pages(self, shared: Sequence[str]) -> list[Path]:
         """Write the pages, with the differences from the paper that all tasks share and its own; returns them."""

@@ -52,8 +52,15 @@ class Row:
     learned: bool
 
 
-def rows_of(task: int, method: str, epsilon: float, summary: Mapping[str, Any]) -> list[Row]:
-    """A row an attack, from the content of a summary.json."""
+def rows_of(task: int, method: str, epsilon: float | None, summary: Mapping[str, Any]) -> list[Row]:
+    """A row an attack, from the content of a summary.json.
+
+    Args:
+        task: the Decathlon's number.
+        method: which was trained.
+        epsilon: the ε it was trained with, L2; None for another norm.
+        summary: of the evaluation.
+    """
     protocol, norm = str(summary["protocol"]["name"]), str(summary["protocol"]["norm"])
     dataset = str(summary["model"]["dataset"])
     rows = []
@@ -81,13 +88,15 @@ def rows_of(task: int, method: str, epsilon: float, summary: Mapping[str, Any]) 
     return rows
 
 
-def published_row(dataset: str, protocol: str, norm: str, attack: str, method: str, epsilon: float) -> Published | None:
+def published_row(
+    dataset: str, protocol: str, norm: str, attack: str, method: str, epsilon: float | None
+) -> Published | None:
     """What was published of a method under an attack of this kind in the same protocol; None if nothing was."""
     kind = published_attack(protocol, attack)
     if kind is None:
         return None
-    # The earlier version names SAT by its ε.
-    name = f"SAT{epsilon:g}" if kind == "PGD" and method == "SAT" else method
+    # The earlier version names SAT by its ε, which is of L2.
+    name = f"SAT{'' if epsilon is None else f'{epsilon:g}'}" if kind == "PGD" and method == "SAT" else method
     rows = published_rows(dataset.partition("_")[2], kind, norm)
     return next((row for row in rows if row.method == name), None)
 
