@@ -58,6 +58,9 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
     model, protocol = evaluation.model, evaluation.protocol
     normalisation = normalisation_of(model)
     scale = scale_of(normalisation)
+    # An exported checkpoint is stock nnU-Net's, and says nothing of this.
+    before = exported_from(model.folder, model.fold, model.sha256)
+    learned_from = model.training_cases | (frozenset() if before is None else before.training_cases)
     return {
         "model": _model(model),
         "training": model.training,
@@ -81,10 +84,11 @@ def describe_run(evaluation: Evaluation, cases: Sequence[str], command: str) -> 
         "max_samples": evaluation.max_samples,
         "samples_seed": evaluation.samples_seed,
         # Of a stock model, only the splits file beside the preprocessed data tells; it is taken at its word.
-        "trained_on_these_cases": model.fold == "all" or bool(model.training_cases & set(cases)),
-        "started_from_unknown_weights": model.started_from_unknown,
+        "trained_on_these_cases": model.fold == "all" or bool(learned_from & set(cases)),
+        "started_from_unknown_weights": model.started_from_unknown
+        or (before is not None and before.started_from_unknown),
         "margins_by_epoch": model.margins,
-        **_exported(model),
+        **({} if before is None else {"exported_from": before.described}),
         **_end_to_end(evaluation),
         "batch_size": evaluation.batch_size,
         "device": str(evaluation.device),
@@ -106,11 +110,6 @@ def _model(model: TrainedModel) -> dict[str, Any]:
 
 def _chosen_apart(evaluation: Evaluation) -> bool:
     return evaluation.max_samples is not None and evaluation.samples_seed != evaluation.seed
-
-
-def _exported(model: TrainedModel) -> dict[str, Any]:
-    found = exported_from(model.folder, model.fold, model.sha256)
-    return {"exported_from": found} if found else {}
 
 
 def _end_to_end(evaluation: Evaluation) -> dict[str, Any]:

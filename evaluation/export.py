@@ -18,12 +18,12 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_ima.checkpoints import safe_load
+from nnunet_ima.checkpoints import safe_load, started_from_unknown
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.configure import check_name
 from nnunet_ima.evaluation.environment import our_trainers_too, versions
 from nnunet_ima.evaluation.models import load_model, read_json
-from nnunet_ima.evaluation.provenance import PROVENANCE
+from nnunet_ima.evaluation.provenance import PROVENANCE, exported_from
 from nnunet_ima.files import write_text
 from nnunet_ima.settings import KEY
 
@@ -175,13 +175,17 @@ def _logits(folder: Path, fold: Path, checkpoint_name: str, device: torch.device
 
 
 def _provenance_of(source: Path, exported: Path) -> dict[str, Any]:
-    ours = safe_load(source)["init_args"].get(KEY, {})
+    checkpoint, sha256 = safe_load(source), _sha256(source)
+    ours = checkpoint["init_args"].get(KEY, {})
     described = {key: ours[key] for key in ("nnunet_ima", "settings", "origins", "training_cases") if key in ours}
+    described["started_from_unknown"] = started_from_unknown(checkpoint)
+    # One that was exported before says nothing itself.
+    before = exported_from(source.parents[1], _fold_name(source.parent), sha256)
     return {
         "fold": source.parent.name,
         "checkpoint": source.name,
-        "sha256": {"hardened": _sha256(source), "exported": _sha256(exported)},
-        "training": described,
+        "sha256": {"hardened": sha256, "exported": _sha256(exported)},
+        "training": described if before is None else before.training,
     }
 
 

@@ -112,6 +112,8 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
         lines += ["", "The model was trained on these very cases, or some of them; the figures flatter it."]
     elif summary["started_from_unknown_weights"]:
         lines += ["", "The training started from other weights; whether those learned from these cases is not known."]
+    elif summary.get("exported_from", {}).get("started_from_unknown", False) is None:
+        lines += ["", "It was exported by a version that did not note whether its training started from other weights."]
     if "samples_in_a_pass_reduced_to" in summary:
         lines += [
             "",

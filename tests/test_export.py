@@ -6,12 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from nnunet_project import PLANS, command_environment, quiet, read
+from nnunet_project import PLANS, command_environment, quiet, read, write
 
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.evaluation import export
@@ -153,21 +154,97 @@ def test_provenance_is_valid_json_with_both_checksums(hardened, tmp_path):
     assert fold["sha256"]["hardened"] != fold["sha256"]["exported"]
 
 
+def head_of(folder: Path, *cases: str) -> dict[str, Any]:
+    """What the summary of an evaluation of these cases begins with."""
+    cpu = torch.device("cpu")
+    model = load_model(folder, 0, "checkpoint_final.pth", cpu)
+    protocol, criterion = Protocol("sound", "l2"), DiceCriterion(labels=model.labels)
+    evaluation = Evaluation(model, protocol, [], [], None, 1, 0, cpu, criterion)
+    return describe_run(evaluation, cases, "")
+
+
+def known_of(folder: Path) -> tuple[bool, bool, bool]:
+    """Whether two cases were learned from, and whether it started from weights that nobody knows."""
+    found = [head_of(folder, case)["trained_on_these_cases"] for case in ("foreign", "own")]
+    return found[0], found[1], head_of(folder)["started_from_unknown_weights"]
+
+
+def exported_of(folder: Path, target: Path, *more: str) -> Path:
+    assert run("-m", str(folder), "-o", str(target), *more) == 0
+    (exported,) = target.iterdir()
+    return exported
+
+
+@pytest.fixture
+def noting(ima_2d, tmp_path) -> Callable[..., Path]:
+    """A hardened model whose checkpoint notes what it is given."""
+
+    def make(**noted: Any) -> Path:
+        folder = tmp_path / "noting" / Path(ima_2d.output_folder).parent.name
+        shutil.copytree(Path(ima_2d.output_folder).parent, folder)
+        file = folder / "fold_0" / "checkpoint_final.pth"
+        checkpoint = torch.load(file, weights_only=False)
+        checkpoint["init_args"][KEY] |= noted
+        torch.save(checkpoint, file)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_an_exported_model_is_known_for_the_cases_it_learned_from_before(noting, tmp_path, unknown):
+    """As one of fold 1 does that started from fold 0's weights."""
+    hardened = noting(training_cases=["own", "foreign"], started_from_unknown=unknown)
+    assert known_of(hardened) == (True, True, unknown)
+    exported = exported_of(hardened, tmp_path / "once")
+    assert known_of(exported) == (True, True, unknown)
+    again = exported_of(exported, tmp_path / "twice", "--plans-name", "nnUNetPlansAgain")
+    assert known_of(again) == (True, True, unknown)
+    own = noting_less(exported, "foreign")
+    assert known_of(own) == (False, True, unknown)
+
+
+def noting_less(exported: Path, case: str) -> Path:
+    provenance = read(exported / PROVENANCE)
+    provenance["folds"][0]["training"]["training_cases"].remove(case)
+    write(exported / PROVENANCE, provenance)
+    return exported
+
+
+def test_an_export_of_before_counts_as_of_unknown_weights_only_where_no_cases_are_noted(noting, tmp_path):
+    """Whether a training started from other weights was not noted then; what was is believed, and no more is said."""
+    exported = exported_of(noting(training_cases=["own"], started_from_unknown=True), tmp_path / "out")
+    provenance = read(exported / PROVENANCE)
+    training = provenance["folds"][0]["training"]
+    del training["started_from_unknown"]
+    write(exported / PROVENANCE, provenance)
+    assert known_of(exported) == (False, True, False)
+    assert head_of(exported)["exported_from"]["started_from_unknown"] is None
+    del training["training_cases"]
+    write(exported / PROVENANCE, provenance)
+    assert known_of(exported) == (False, False, True)
+    # A stock model is taken at its word, exported or not.
+    provenance["folds"][0]["training"] = {}
+    write(exported / PROVENANCE, provenance)
+    assert known_of(exported) == (False, False, False)
+
+
+def test_a_stock_model_stays_what_it_is(stock_2d, tmp_path):
+    exported = exported_of(stock_2d, tmp_path, "--plans-name", "nnUNetPlansAgain")
+    assert known_of(exported) == known_of(stock_2d) == (False, False, False)
+
+
 def test_an_evaluation_of_an_exported_model_knows_what_it_was(ima_2d, tmp_path):
     assert run("-m", str(Path(ima_2d.output_folder).parent), "-o", str(tmp_path)) == 0
     (exported,) = tmp_path.iterdir()
 
     def told(folder: Path) -> dict[str, Any] | None:
-        cpu = torch.device("cpu")
-        model = load_model(folder, 0, "checkpoint_final.pth", cpu)
-        protocol, criterion = Protocol("sound", "l2"), DiceCriterion(labels=model.labels)
-        evaluation = Evaluation(model, protocol, [], [], None, 1, 0, cpu, criterion)
-        head = describe_run(evaluation, [], "")
+        head = head_of(folder)
         assert head["normalisation"] == {
             "channels": 1, "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False]
         }  # fmt: skip
         assert head["protocol"]["unit"] == "z-scores, L2 norm over the patch"
-        return dict(head).get("exported_from")
+        return head.get("exported_from")
 
     found = told(exported)
     assert found is not None
