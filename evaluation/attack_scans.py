@@ -33,13 +33,13 @@ from nnunet_ima.evaluation.protocols import Protocol, parse_level
 from nnunet_ima.evaluation.records import Records
 from nnunet_ima.evaluation.run import Evaluation, Runner, Selection, samples_in_a_pass, whole_passes
 from nnunet_ima.evaluation.scan_files import ScanFiles, Volume
-from nnunet_ima.evaluation.scans import perturb_scan
+from nnunet_ima.evaluation.scans import beyond_range, perturb_scan
 from nnunet_ima.files import write_text
 from nnunet_ima.lp import Norm
 from nnunet_ima.overlap import Place
 
 FILE, LOCK = "attack.json", ".lock"
-SCHEMA = "nnunet_ima/attack/3"
+SCHEMA = "nnunet_ima/attack/4"
 IMAGES = ("images", "perturbation")
 PARTS = (*IMAGES, "before", "after")
 # A point of Dice.
@@ -66,6 +66,7 @@ class PerturbedCase:
         largest_tile_norm: of the tiles that were attacked, in the norm of the attack, z-scores.
         preprocessed: of the perturbation put together, in z-scores.
         scan: of the perturbation of the scan, in its intensities.
+        beyond_range: by how much the written scan leaves the range of the raw one, in its intensities.
         lost: how far what the network sees of the written scan is from what was attacked (L2), as a share of the
             perturbation, but for the scale and offset of the new normalisation: by resampling to the scan's grid and
             back; None if nothing was perturbed, as in a case without foreground.
@@ -80,6 +81,7 @@ class PerturbedCase:
     largest_tile_norm: float
     preprocessed: Norms
     scan: Norms
+    beyond_range: float
     lost: float | None
     samples_in_a_pass: int
 
@@ -169,14 +171,16 @@ def _note(output: Path, head: Mapping[str, Any], done: Mapping[str, PerturbedCas
 
 def table(found: Sequence[PerturbedCase]) -> str:
     """For people."""
-    lines = [
-        "| case | Dice before | after | in evaluate | L2 (z-scores) | lost (%) | L2 (scan) | largest change (scan) |"
-    ]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = ["case", "Dice before", "after", "in evaluate", "L2 (z-scores)", "lost (%)", "L2 (scan)"]
+    columns += ["largest change (scan)"]
+    leaves = any(one.beyond_range for one in found)
+    columns += ["beyond range (scan)"] if leaves else []
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for one in found:
         dice = [_percent(value, ".1f") for value in (one.dice_before, one.dice_after, one.dice_in_evaluation)]
         norms = [f"{value:.4g}" for value in (one.preprocessed.l2, one.scan.l2, one.scan.linf)]
         cells = [*dice, norms[0], _percent(one.lost, ".4g"), *norms[1:]]
+        cells += [f"{one.beyond_range:.4g}"] if leaves else []
         lines.append(f"| {one.case} | {' | '.join(cells)} |")
     return "\n".join([*lines, *(f"\n{sentence}" for sentence in differences(found))])
 
@@ -233,6 +237,7 @@ class _Attacker:
             largest_tile_norm=largest,
             preprocessed=sizes[0],
             scan=sizes[1],
+            beyond_range=beyond_range(scan.image, perturbed),
             lost=off / sizes[0].l2 if sizes[0].l2 > 0 else None,
             samples_in_a_pass=self._runner.chunk,
         )

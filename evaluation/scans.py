@@ -14,6 +14,8 @@ from nnunet_ima.evaluation.cases import Case
 from nnunet_ima.evaluation.models import TrainedModel
 from nnunet_ima.evaluation.scan_files import Scan, Volume
 
+# Of a channel's range, what rounding on the way to a file may add to it.
+ROUNDED = 1e-5
 # Of a scheme's values, how far they may lie off the straight line that undoes it.
 STRAIGHT = 1e-3
 # On the way back through resampling: how often what is missing is added, and what it must at least gain.
@@ -62,6 +64,23 @@ def perturb_scan(model: TrainedModel, scan: Scan, case: Case, difference: Volume
         perturbed[channel][where] = inside + back[channel] * _slope(model, channel, inside, nonzero)
     backward = [0, *(axis + 1 for axis in plans.transpose_backward)]
     return np.ascontiguousarray(perturbed.transpose(backward))
+
+
+def beyond_range(scan: Volume, perturbed: Volume) -> float:
+    """By how much a perturbed scan leaves the raw one's range, in the channel in which it is most; 0 if it does not.
+
+    An attack keeps the preprocessed case in its range, but what is resampled back may overshoot. It is not clipped: the
+    network would see another image than the one that was attacked. What rounding to 32 bits leaves counts as 0.
+
+    Args:
+        scan, perturbed: (C, Z, Y, X), intensities.
+    """
+    found = [0.0]
+    for raw, changed in zip(scan, perturbed, strict=True):
+        low, high = float(raw.min()), float(raw.max())
+        beyond = max(low - float(changed.min()), float(changed.max()) - high)
+        found.append(beyond if beyond > ROUNDED * (high - low) else 0.0)
+    return max(found)
 
 
 def resampled_back(

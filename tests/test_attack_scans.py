@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from little_memory import make_memory_little
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nnunet_project import Project, quiet, read, write
@@ -27,7 +29,7 @@ from nnunet_ima.evaluation.metrics import CaseScore
 from nnunet_ima.evaluation.models import TrainedModel, load_model
 from nnunet_ima.evaluation.run import Evaluation
 from nnunet_ima.evaluation.scan_files import Scan, ScanFiles
-from nnunet_ima.evaluation.scans import perturb_scan
+from nnunet_ima.evaluation.scans import beyond_range, perturb_scan
 
 CPU = torch.device("cpu")
 PARTS = ("images", "perturbation", "before", "after")
@@ -99,6 +101,53 @@ def test_the_files_say_what_the_record_says(model, written, project):
         assert np.mean(dice) == pytest.approx(case[key], abs=1e-6)
     assert case["dice_after"] < case["dice_before"]
     assert case["largest_tile_norm"] <= 8 * (1 + 1e-4)
+
+
+def test_the_record_says_by_how_much_the_file_leaves_the_scans_range(model, written, project):
+    (case,) = read(written / "attack.json")["cases"]
+    name = f"{case['case']}_0000.nii.gz"
+    scan = array(project.root / "nnUNet_raw" / project.dataset / "imagesTr" / name).astype(float)
+    perturbed = array(written / "images" / name).astype(float)
+    beyond = max(scan.min() - perturbed.min(), perturbed.max() - scan.max(), 0.0)
+    assert case["beyond_range"] == pytest.approx(beyond, abs=1e-4 * np.ptp(scan))
+
+
+@pytest.mark.parametrize("where", ["above", "below", None])
+def test_a_scan_that_leaves_its_range_is_said_to(small, tmp_path, monkeypatch, capsys, where):
+    """As one does whose perturbation overshoots when it is resampled to a coarser grid."""
+
+    def perturb(model: TrainedModel, scan: Scan, *rest: Any) -> np.ndarray:
+        perturbed = perturb_scan(model, scan, *rest)
+        if where is not None:
+            far = np.ptp(scan.image) / 2
+            perturbed[0, 0, 0, 0] = scan.image.max() + far if where == "above" else scan.image.min() - far
+        return perturbed
+
+    monkeypatch.setattr("nnunet_ima.evaluation.attack_scans.perturb_scan", perturb)
+    output, name = tmp_path / "out", ValidationCases(small).names[0]
+    capsys.readouterr()
+    assert main(["attack", "-device", "cpu", "-m", str(small.folder), "--level", "1", "--attack", "pgd:steps=1",
+                 "--cases", name, "-o", str(output)]) == 0  # fmt: skip
+    (case,) = read(output / "attack.json")["cases"]
+    wanted = 0.0 if where is None else float(np.ptp(read_scan(small, name).image)) / 2
+    assert case["beyond_range"] == pytest.approx(wanted)
+    table = capsys.readouterr().out
+    assert ("beyond range (scan)" in table) is (where is not None)
+    assert (f"| {case['beyond_range']:.4g} |" in table) is (where is not None)
+
+
+@given(st.lists(st.lists(st.integers(-9, 9), min_size=4, max_size=4), min_size=4, max_size=4))
+def test_how_far_a_scan_is_beyond_its_range_is_what_a_clip_would_change_most(values):
+    """Of two channels, each with a range of its own."""
+    scan, perturbed = np.array(values, np.float32).reshape(2, 2, 1, 2, 2)
+    clipped = [np.clip(found, own.min(), own.max()) for own, found in zip(scan, perturbed, strict=True)]
+    assert beyond_range(scan, perturbed) == np.abs(np.array(clipped) - perturbed).max()
+
+
+def test_what_rounding_leaves_is_not_beyond_the_range():
+    scan = np.linspace(0, 1000, 8, dtype=np.float32).reshape(1, 2, 2, 2)
+    assert beyond_range(scan, np.nextafter(scan, np.float32(2000))) == 0
+    assert beyond_range(scan, scan + np.float32(0.1)) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_what_is_read_from_the_file_is_what_was_attacked(model, written):
