@@ -122,7 +122,7 @@ def test_a_finished_evaluation_is_done_on_any_device_and_wherever_its_folder_was
     [
         (replace(ATTACKS, attacks=("fgsm",)), "attacks: fgsm autoattack:version=fast there, fgsm here"),
         (replace(ATTACKS, levels=("2", "6")), "levels: 2 5 there, 2 6 here"),
-        (replace(ATTACKS, norm="linf"), "norm: l2 there, linf here"),
+        (replace(ATTACKS, norm="linf", levels=("2/255",)), "norm: l2 there, linf here"),
         (replace(ATTACKS, protocol="paper"), "protocol: sound there, paper here"),
         (replace(ATTACKS, further=()), "max samples: 4 there, None here"),
         (replace(ATTACKS, further=(*ATTACKS.further, "--seed", "1")), "seed: 0 there, 1 here"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nnunet_project import make_trainer, quiet, read
 from PIL import Image
@@ -200,6 +200,8 @@ scores = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.
 
 @settings(max_examples=50)
 @given(scores, st.floats(0, 20))
+@example([(0.9, 0.8, True, False), (0.9, 0.3, True, True), (0.9, 0.9, False, True)], 1.0)
+@example([(0.9, 0.8, False, False), (0.9, 0.3, True, False), (0.9, 0.9, False, True)], 1.0)
 def test_the_chosen_one_is_the_most_robust_of_those_within_the_budget(tmp_path_factory, found, drop):
     model = tmp_path_factory.mktemp("model")
     (model / "fold_0").mkdir()
