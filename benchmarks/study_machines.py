@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,8 +15,10 @@ from typing import Any
 
 import torch
 
+from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
+from nnunet_ima.evaluation.records import CASE_HAS_CHANGED
 from nnunet_ima.evaluation.steps import resume_options
 from nnunet_ima.evaluation.study import Study
 from nnunet_ima.files import write_text
@@ -51,7 +55,7 @@ class NotedPipeline(Pipeline):
             self._note(step, before is not None)
         spent, started = seconds_spent(self.logs, step) if before is not None else 0.0, time.monotonic()
         try:
-            return super().evaluate(dataset, method, attacks)
+            return self._attack(dataset, method, attacks)
         finally:
             if not finished:
                 goes_on = run.is_file() and run.read_bytes() == before
@@ -62,6 +66,18 @@ class NotedPipeline(Pipeline):
             elif before is not None and not noted:
                 # Nobody knows on which machines it was begun.
                 _file(self.logs, step).unlink(missing_ok=True)
+
+    def _attack(self, dataset: Path, method: Method, attacks: Attacks) -> Path:
+        """Go on, or begin anew: another machine may have preprocessed the cases to other last digits."""
+        folder = self.results(method, attacks)
+        try:
+            return super().evaluate(dataset, method, attacks)
+        except UserError as error:
+            if CASE_HAS_CHANGED not in str(error) or (folder / "summary.json").is_file():
+                raise
+        sys.stdout.write(f"{folder.name} was begun on scans that were preprocessed otherwise, and begins anew here.\n")
+        shutil.rmtree(folder)
+        return super().evaluate(dataset, method, attacks)
 
     def _note(self, step: str, goes_on: bool) -> None:
         noted = machines(self.logs, step) if goes_on else []

@@ -35,6 +35,8 @@ from nnunet_ima.evaluation.outcomes import (
 from nnunet_ima.files import remove_leftovers
 
 RECORDS = "records"
+# In the sentence that refuses to go on, by which a study knows it.
+CASE_HAS_CHANGED = "has changed since"
 
 
 def part_folder(run: Path, num_parts: int, part_id: int) -> Path:
@@ -133,8 +135,8 @@ class Records:
         changed = [name for name, number in fingerprints.items() if self.fingerprints.get(name, number) != number]
         if changed:
             raise UserError(
-                f"The preprocessed case {changed[0]} has changed since {self.folder} was begun; start again in another "
-                f"folder (-o), or restore the data."
+                f"The preprocessed case {changed[0]} {CASE_HAS_CHANGED} {self.folder} was begun; start again in "
+                f"another folder (-o), or restore the data."
             )
         self._add(
             {

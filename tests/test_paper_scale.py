@@ -29,6 +29,7 @@ from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import versions
 from nnunet_ima.evaluation.phantom import make_phantom_task
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
+from nnunet_ima.evaluation.records import Records
 from nnunet_ima.evaluation.report.published import published_levels
 from nnunet_ima.evaluation.study import Study
 
@@ -621,6 +622,37 @@ def test_a_training_and_an_evaluation_tell_all_machines_that_they_were_made_on(t
     (pipeline.logs / f"{RESULTS}.machines.json").unlink()
     (tmp_path / RESULTS / "summary.json").unlink()
     assert evaluate_on("fourth", 4, torch="another") == []
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_was_begun_on_scans_of_other_last_digits_begins_anew_but_nothing_finished_goes(
+    tmp_path, monkeypatch, capsys, finished
+):
+    study, method = a_study(tmp_path, None)
+    (attacks,), pipeline = study.evaluations, study.pipeline(method)
+    pipeline.logs.mkdir(exist_ok=True)
+    records = Records(tmp_path / "part", [], "of a run")
+    with records.writing():
+        records.plan({"a": [0]}, [], {"a": 1})
+        with pytest.raises(UserError) as refusal:
+            records.plan({"a": [0]}, [], {"a": 2})
+    an_evaluation(tmp_path, 3, finished)
+
+    def evaluate(*_: object) -> Path:
+        if lines_of(tmp_path):
+            raise UserError(f"The step {RESULTS} failed: nnunet_ima: {refusal.value} (all of it in a log).")
+        an_evaluation(tmp_path, 5)
+        return tmp_path / RESULTS
+
+    monkeypatch.setattr(Pipeline, "evaluate", evaluate)
+    if finished:
+        with pytest.raises(UserError, match="has changed since"):
+            pipeline.evaluate(tmp_path, method, attacks)
+        assert lines_of(tmp_path) == 3
+    else:
+        pipeline.evaluate(tmp_path, method, attacks)
+        assert lines_of(tmp_path) == 5
+        assert "begins anew here" in capsys.readouterr().out
 
 
 def test_the_seconds_of_an_evaluation_are_those_of_all_its_pieces(tmp_path, monkeypatch):
