@@ -23,6 +23,7 @@ from torch import nn
 from nnunet_ima.checkpoints import noted_settings, noted_training_cases, safe_load, started_from_unknown
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import find_trainer, nnunet_folder
+from nnunet_ima.evaluation.normalisation import intensities_of
 from nnunet_ima.labels import Labels
 
 Fold = int | str
@@ -236,6 +237,12 @@ def _check_fields(plans: PlansManager, configuration: ConfigurationManager, data
     masks = configuration.use_mask_for_norm
     if not isinstance(masks, list) or not all(isinstance(mask, bool) for mask in masks):
         raise TypeError(f"use_mask_for_norm is {masks!r}")
+    schemes = configuration.normalization_schemes
+    if not isinstance(schemes, list) or not all(isinstance(scheme, str) for scheme in schemes):
+        raise TypeError(f"normalization_schemes is {schemes!r}")
+    if len(schemes) != len(masks):
+        raise ValueError(f"normalization_schemes has {len(schemes)} entries and use_mask_for_norm {len(masks)}")
+    intensities_of(plans, schemes)
     names = {
         "dataset_name": plans.dataset_name,
         "plans_name": plans.plans_name,

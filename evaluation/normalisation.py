@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 if TYPE_CHECKING:
     from nnunet_ima.evaluation.models import TrainedModel
@@ -24,15 +26,19 @@ def normalisation_of(model: TrainedModel) -> dict[str, Any]:
         "normalization_schemes": schemes,
         "use_mask_for_norm": masks,
     }
-    others = [number for number, scheme in enumerate(schemes) if scheme not in _OF_THE_SCAN]
-    if others:
-        known = model.plans.foreground_intensity_properties_per_channel
-        properties = {str(number): known.get(str(number), {}) for number in others}
-        noted["intensities"] = {
-            number: {name: float(found[name]) for name in _INTENSITIES if name in found}
-            for number, found in properties.items()
-        }
-    return noted
+    intensities = intensities_of(model.plans, schemes)
+    return {**noted, "intensities": intensities} if intensities else noted
+
+
+def intensities_of(plans: PlansManager, schemes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of the channels whose scheme may use them, by number: what plans.json says of the training cases' intensities."""
+    others = [str(number) for number, scheme in enumerate(schemes) if scheme not in _OF_THE_SCAN]
+    known = plans.foreground_intensity_properties_per_channel if others else {}
+    properties = {number: known.get(number, {}) for number in others}
+    return {
+        number: {name: float(found[name]) for name in _INTENSITIES if name in found}
+        for number, found in properties.items()
+    }
 
 
 def scale_of(noted: Mapping[str, Any] | None) -> str:
