@@ -33,12 +33,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study_machines import NotedStudy, available_cores
+from study_machines import NotedStudy
 from study_results import collect, most_samples, table
 from study_state import pack, round_before_evaluations, unpack
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.ending import Terminated, ended_in_order
+from nnunet_ima.evaluation.environment import available_cores
 from nnunet_ima.evaluation.pipeline import Attacks, Method, PlannedNetwork, SmallNetwork
 from nnunet_ima.evaluation.study import Job, Study, run_jobs
 from nnunet_ima.files import write_text

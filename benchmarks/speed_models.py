@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hippocampus_small import IMA_ALL, LENGTH, NETWORK, STD
-from study_machines import available_cores
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.demo import PHANTOM_ENHANCEMENT
+from nnunet_ima.evaluation.environment import available_cores
 from nnunet_ima.evaluation.phantom import make_phantom_task
 from nnunet_ima.evaluation.pipeline import Method, Pipeline, PlannedNetwork, SmallNetwork
 from nnunet_ima.evaluation.subset import Subset, make_subset

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.environment import versions
+from nnunet_ima.evaluation.environment import available_cores, versions
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
 from nnunet_ima.evaluation.records import CASE_HAS_CHANGED
 from nnunet_ima.evaluation.steps import resume_options
@@ -113,11 +112,6 @@ def this_machine(device: str, threads: int, workers: int, jobs: int, compiled: b
         "compiled": compiled,
         "versions": versions(),
     }
-
-
-def available_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machines(logs: Path, step: str) -> list[Machine]:

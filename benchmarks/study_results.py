@@ -206,7 +206,7 @@ def _seconds_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     }
     if not any(spent.values()):
         return
-    yield "\nEvaluations, seconds a model beside whatever ran at once, interrupted and repeated work included.\n"
+    yield "\nEvaluations, seconds a model beside whatever ran at once; repeated work counts, killed work does not.\n"
     yield from _head("evaluation", "models", "lowest", "median", "highest")
     for name, found in spent.items():
         if found:

@@ -103,7 +103,7 @@ def pack(work: Path, state: Path) -> None:
             contents[name] = _packed_model(work, fold)
         except UserError as error:
             refused.append(str(error))
-            before = load(state) if before is None else before
+            before = _carried_before(state) if before is None else before
             contents.update({name: before[name]} if name in before else {})
     rest = [
         entry
@@ -117,6 +117,14 @@ def pack(work: Path, state: Path) -> None:
     store(state, contents)
     if refused:
         raise UserError(" ".join(refused))
+
+
+def _carried_before(state: Path) -> dict[str, bytes]:
+    """Nothing where that is damaged, which must not keep what can be read now from being carried."""
+    try:
+        return load(state)
+    except UserError:
+        return {}
 
 
 def unpack(state: Path, work: Path) -> None:

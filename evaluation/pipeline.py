@@ -14,7 +14,7 @@ from typing import Any
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.decathlon import stage_task, task_number
-from nnunet_ima.evaluation.environment import trainers_folder
+from nnunet_ima.evaluation.environment import available_cores, trainers_folder
 from nnunet_ima.evaluation.finished import is_finished
 from nnunet_ima.evaluation.steps import Steps, resume_options
 from nnunet_ima.files import write_text
@@ -361,5 +361,4 @@ def _count_cases(view: Path) -> int:
 
 def _processes(cases: int) -> str:
     # Each process that nnU-Net spawns imports torch first, which takes longer than to preprocess a few cases.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return str(min(max(cores, 2), MOST_PROCESSES)) if cases > FEW_CASES else "1"
+    return str(min(max(available_cores(), 2), MOST_PROCESSES)) if cases > FEW_CASES else "1"

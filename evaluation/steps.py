@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nnunet_ima.errors import UserError
 from nnunet_ima.files import write_text
 
-# Seconds that a command has to end by itself; nnU-Net's training and ours take less than one.
+# Seconds that a command has to end by itself. Killed then, it loses no more than by a kill from outside.
 GRACE = 15.0
 
 

@@ -225,6 +225,21 @@ def test_a_model_that_cannot_be_read_does_not_take_the_others_with_it(tmp_path):
     assert loaded(there)["current_epoch"] == 3
 
 
+def test_a_damaged_state_does_not_keep_what_can_be_read_from_being_carried(tmp_path):
+    here, there, state = (tmp_path / name for name in ("here", "there", "state"))
+    a_training(here, epochs=3)
+    a_training(here, epochs=3, trainer="SAT")
+    pack(here, state)
+    for part in state.glob("*.part"):
+        part.write_bytes(b"damaged")
+    (here / FOLD / LATEST).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"IMA.*cannot be read"):
+        pack(here, state)
+    unpack(state, there)
+    assert loaded(there, fold=Path(str(FOLD).replace("IMA", "SAT")))["current_epoch"] == 3
+    assert not (there / FOLD / LATEST).exists()
+
+
 def test_a_state_of_an_older_version_is_refused(tmp_path):
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "records.tar.gz").write_bytes(b"")
