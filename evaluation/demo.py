@@ -76,11 +76,11 @@ def run_demo(output: Path, data: Path | None, device: str) -> Path:
         runs.append(pipeline.evaluate(dataset, method, ATTACKS))
     _say(5, "Writing the page")
     made_up = "The scans are a made-up, MRI-like phantom. " if data is None else ""
-    note = (
+    caveat = (
         f"{made_up}Both models are small and were trained for minutes: this shows that the machinery works, not what a "
     )
-    note += "real model reaches."
-    return write_report(runs, pipeline.output, [STOCK.title, HARDENED.title], note)
+    caveat += "real model reaches."
+    return write_report(runs, pipeline.output, [STOCK.title, HARDENED.title], caveat=caveat)
 
 
 def _say(step: int, what: str) -> None:

@@ -399,6 +399,13 @@ def test_trainings_of_ours_are_explained_and_no_others():
     assert names == {*TRAININGS, "Adversarial"}  # the base of the others
 
 
+def test_a_caveat_is_read_before_the_figures_and_a_note_after_them(tmp_path):
+    run = make_run(tmp_path / "run")
+    page = Text(write_report([run], tmp_path / "out", note="A long note.", caveat="A phantom.").read_text("utf-8")).text
+    places = [page.index(text) for text in ("A phantom.", "Dice on clean scans", "A long note.", "Can the figures be")]
+    assert places == sorted(places)
+
+
 def test_the_page_says_what_an_abbreviation_of_a_training_means(tmp_path):
     ima = make_run(tmp_path / "ima", title="nnUNetTrainerIMA_50epochs")
     page = write_report([ima], tmp_path / "out").read_text(encoding="utf-8")
@@ -1235,7 +1242,7 @@ def test_a_name_that_is_html_is_shown_and_not_run(tmp_path):
         title="</style><script>alert(2)</script>",
         classes=("<b>bold</b>", "{{ 7 * 7 }}"),
     )
-    content = write_report([run], tmp_path / "out", [NASTY], note=NASTY).read_text(encoding="utf-8")
+    content = write_report([run], tmp_path / "out", [NASTY], note=NASTY, caveat=NASTY).read_text(encoding="utf-8")
     parsed = Text(content)
     assert sum(tag == "script" for tag, _ in parsed.tags) == 1
     assert sum(tag == "b" for tag, attributes in parsed.tags) < 30

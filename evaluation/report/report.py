@@ -41,7 +41,9 @@ from nnunet_ima.files import write_text
 WORST_SHOWN = 2
 
 
-def write_report(folders: Sequence[Path], output: Path, names: Sequence[str] | None = None, note: str = "") -> Path:
+def write_report(
+    folders: Sequence[Path], output: Path, names: Sequence[str] | None = None, note: str = "", caveat: str = ""
+) -> Path:
     """Write report.html and, beside it, tables.csv, tables.md and tables.tex.
 
     Args:
@@ -49,6 +51,7 @@ def write_report(folders: Sequence[Path], output: Path, names: Sequence[str] | N
         output: a folder; it is made.
         names: one for each folder, for people; the same name for runs of the same model. By default the trainers'.
         note: what the reader ought to know about the models, shown after what the figures say.
+        caveat: a sentence that is to be read before them.
 
     Returns:
         The page.
@@ -63,7 +66,7 @@ def write_report(folders: Sequence[Path], output: Path, names: Sequence[str] | N
     for setting in settings:
         _refuse_twice(setting)
     tables = [table for setting in settings for table in _tables(setting)]
-    page = _page(runs, settings, note)
+    page = _page(runs, settings, note, caveat)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "tables.csv", as_csv(settings))
     write_text(output / "tables.md", "\n".join(as_markdown(table) for table in tables))
@@ -135,7 +138,7 @@ def _tables(setting: Setting) -> list[Table]:
     return [table for table in made if table is not None]
 
 
-def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> str:
+def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str, caveat: str = "") -> str:
     environment = Environment(
         loader=PackageLoader("nnunet_ima.evaluation.report", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -179,6 +182,7 @@ def _page(runs: Sequence[Results], settings: Sequence[Setting], note: str) -> st
                  for setting in settings for run in setting.runs],
         threshold=100 * float(runs[0].summary["criterion"]["dice_threshold"]),
         note=note,
+        caveat=caveat,
         dates=_first_and_last([run.summary.get("date") for run in runs]),
         version=__version__,
     )  # fmt: skip
