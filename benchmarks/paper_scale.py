@@ -250,6 +250,9 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="attack so many validation slices; all of them unless given")
     parser.add_argument("--other-samples", type=int, help="for Linf and the protocol paper")
     parser.add_argument("--repetitions", type=int, help="trainings of each method")
+    parser.add_argument(
+        "--from-repetition", type=int, default=1, help="the first that is trained here; study_join.py joins the parts"
+    )
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     parser.add_argument("--state", type=Path, help="folder for what is needed to go on elsewhere")
     parser.add_argument("--jobs", type=int, default=1, help="models at work at once")
@@ -260,6 +263,9 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="where the JSON and the table go in any case")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu")
     options = parser.parse_args(arguments)
+    last = options.repetitions or SCALES[options.scale].repetitions
+    if not 1 <= options.from_repetition <= last:
+        parser.error(f"--from-repetition {options.from_repetition} is none of the repetitions 1 to {last}.")
     if options.workers is None:
         # A GPU waits for the augmentation of nnU-Net's batches of 366; a core is left for each training itself.
         shared = (available_cores() - options.jobs) // options.jobs
@@ -289,7 +295,7 @@ def make_study(options: argparse.Namespace, scale: Scale) -> Study:
 
 def methods(options: argparse.Namespace, scale: Scale) -> Iterator[tuple[Method, int]]:
     """Each method as often as it is trained, and the number of the repetition."""
-    for repetition in range(options.repetitions or scale.repetitions):
+    for repetition in range(options.from_repetition - 1, options.repetitions or scale.repetitions):
         for name in options.methods:
             method = "IMA" if name == SINGLE else name
             settings = {**scale.settings, **scale.own.get(method, {})}
@@ -335,10 +341,9 @@ def write(study: Study, options: argparse.Namespace, scale: Scale, complete_if_t
     if not found:
         return "Nothing was prepared yet.\n"
     result = {
-        "command": _command(options),
         "scale": options.scale,
         "dataset": found[0].name.partition("_")[2],
-        "date": time.strftime("%Y-%m-%d"),
+        "parts": [{"command": _command(options), "date": time.strftime("%Y-%m-%d")}],
         "rows": collect(study, found[0], list(methods(options, scale))),
     }
     text = table(result)
@@ -351,8 +356,8 @@ def write(study: Study, options: argparse.Namespace, scale: Scale, complete_if_t
         place.mkdir(parents=True, exist_ok=True)
         write_text(place / f"paper_scale_{options.scale}.json", json.dumps(result, indent=1) + "\n")
         write_text(place / f"paper_scale_{options.scale}.md", text)
-    # One page for the first repetition of all methods.
-    first = [method for method, repetition in methods(options, scale) if not repetition]
+    # One page for the first repetition of all methods that is trained here.
+    first = [method for method, repetition in methods(options, scale) if repetition == options.from_repetition - 1]
     for attacks in study.evaluations:
         study.report([attacks], study.output / f"{attacks.name}_report", first)
     return f"{text}\nIn {', '.join(map(str, places))}.\n"
@@ -365,6 +370,7 @@ def is_the_study(options: argparse.Namespace, scale: Scale) -> bool:
     return (
         scale is not GLANCE
         and set(METHODS) <= set(options.methods)
+        and options.from_repetition == 1
         and (options.repetitions or scale.repetitions) >= scale.repetitions
         and all(one.name in asked and _covers(asked[one.name], one) for one in whole)
     )
@@ -388,8 +394,8 @@ def _command(options: argparse.Namespace) -> str:
     shown += ["--methods", *options.methods, "--attack", options.attack, "-device", options.device]
     for name in ("levels", "linf", "paper_levels", "paper_linf"):
         shown += [f"--{name.replace('_', '-')}", *getattr(options, name)]
-    for name in ("samples", "other_samples", "repetitions", "jobs", "workers"):
-        if getattr(options, name):
+    for name in ("samples", "other_samples", "repetitions", "from_repetition", "jobs", "workers"):
+        if getattr(options, name) and (name != "from_repetition" or options.from_repetition > 1):
             shown += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     if options.standard != list(SCALES[options.scale].standard) or options.standard:
         shown += ["--standard", *options.standard]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.environment import available_cores, versions
+from nnunet_ima.evaluation.environment import OUR_SOURCES, available_cores, versions
 from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
 from nnunet_ima.evaluation.records import CASE_HAS_CHANGED
 from nnunet_ima.evaluation.steps import resume_options
@@ -155,8 +155,13 @@ def machine_line(machine: Machine) -> str:
         f"{device}, {_counted('core', machine['cores'])}, {_counted('thread', machine['threads'])}, "
         f"{_counted('worker', machine['workers'])}, {_counted('model', machine['jobs'])} at once"
         f"{', compiled' if machine['compiled'] else ''}, torch {machine['versions']['torch']}, nnU-Net "
-        f"{machine['versions']['nnunetv2']}"
+        f"{machine['versions']['nnunetv2']}{_sources(machine)}"
     )
+
+
+def _sources(machine: Machine) -> str:
+    found = machine["versions"].get(OUR_SOURCES)
+    return f", our sources {found[:7]}" if found else ""
 
 
 def _counted(kind: str, found: int | Sequence[bool]) -> str:

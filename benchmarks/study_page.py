@@ -71,7 +71,8 @@ def section(result: Mapping[str, Any] | None, scale: str) -> str:
     """What the page says of a study."""
     if result is None:
         return "Not run yet."
-    made = " ".join([f"`{result['command']}`, {result['date']}.", *machine_lines(result["rows"]), *_seeds(result)])
+    commands = [f"`{part['command']}`, {part['date']}." for part in result["parts"]]
+    made = " ".join([*commands, *machine_lines(result["rows"]), *_seeds(result)])
     picture = [f"![Dice against level](pictures/study_{scale}.png)"] if evaluated(result) else []
     return "\n\n".join([made, *picture, table(result)])
 

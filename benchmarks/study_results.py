@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,13 @@ def _evaluation_lines(name: str, done: Sequence[Mapping[str, Any]], dataset: str
     protocol, norm = protocol_and_norm(name)
     first = done[0]["evaluations"][name]
     clamped = first["clamp_only"] is not None
+    trainings = Counter(str(row["method"]) for row in done)
+    most = max(trainings.values())
+    spread = f", mean ± standard deviation of {most} trainings" if most > 1 else ""
     for attack in dict.fromkeys(result["attack"] for result in first["results"]):
         levels = [result["level"] for result in first["results"] if result["attack"] == attack]
-        yield f"\n`{attack}`, protocol `{protocol}`, {NORMS[norm]}, {first['samples']} validation slices, TVDI in %:\n"
+        attacked = f"{NORMS[norm]}, {first['samples']} validation slices"
+        yield f"\n`{attack}`, protocol `{protocol}`, {attacked}, TVDI in %{spread}:\n"
         yield from _head("method", "clean", *(["clamp only"] if clamped else []), *levels, "mean")
         for method in dict.fromkeys(row["method"] for row in done):
             mine = [row["evaluations"][name] for row in done if row["method"] == method]
@@ -150,8 +155,9 @@ def _evaluation_lines(name: str, done: Sequence[Mapping[str, Any]], dataset: str
             cells = [_cell([figures[place] for figures in found]) for place in range(1 + len(levels))]
             if clamped:
                 cells.insert(1, _cell([one["clamp_only"]["tvdi"] for one in mine]))
+            fewer = f", {trainings[method]} of {most}" if trainings[method] < most else ""
             doubt = "" if all(one["trusted"] for one in mine) else ", not to be trusted"
-            yield _line(f"{method}{doubt}", *cells, _cell([statistics.fmean(figures) for figures in found]))
+            yield _line(f"{method}{fewer}{doubt}", *cells, _cell([statistics.fmean(figures) for figures in found]))
         published = [
             (row, [row.clean, *(row.levels.get(level) for level in levels)])
             for row in _published(dataset, protocol, norm, attack)

@@ -23,6 +23,8 @@ from nnunet_ima.evaluation.sources import SOURCES
 
 # A module that is imported lazily may do the same; what still goes on after so many rounds is left alone.
 MOST_ROUNDS = 5
+# Of the sources' digest, among the versions.
+OUR_SOURCES = "nnunet_ima's sources"
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -118,7 +120,7 @@ def versions() -> dict[str, str]:
     """Versions that a result depends on; our own is told by a digest of the sources, too, which change more often."""
     packages = ("nnunet_ima", "nnunetv2", "torch", "numpy", "monai", "batchgeneratorsv2")
     found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found, "nnunet_ima's sources": SOURCES}
+    return {"python": platform.python_version(), **found, OUR_SOURCES: SOURCES}
 
 
 def default_device() -> str:

@@ -9,11 +9,14 @@ import shutil
 import sys
 import tarfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -500,6 +503,34 @@ def test_ima_in_single_precision_is_ima_but_for_that(tmp_path):
     assert {**one.settings, "attack_precision": "single"} == other.settings
     pipeline = Pipeline(tmp_path, "plans", paper_scale.SMALL.network, "cpu")
     assert len({pipeline.key(method) for method in made}) == len(made)
+
+
+@given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 6))
+def test_parts_of_a_studys_repetitions_are_the_study(repetitions, first, second):
+    """Each part in a work folder of its own: no model twice, none missing, and each by the same name as in one go."""
+
+    def of(begin: int, end: int) -> list[tuple[Method, int]]:
+        options = options_of("--scale", "small", "--from-repetition", str(begin), "--repetitions", str(end))
+        return list(paper_scale.methods(options, paper_scale.SMALL)) if end else []
+
+    cuts = sorted({0, min(first, repetitions), min(second, repetitions), repetitions})
+    parts = [of(begin + 1, end) for begin, end in pairwise(cuts)]
+    assert [made for part in parts for made in part] == of(1, repetitions)
+
+
+def test_a_part_of_a_study_is_not_put_where_whole_ones_are():
+    assert paper_scale.is_the_study(options_of("--scale", "small"), paper_scale.SMALL)
+    part = options_of("--scale", "small", "--from-repetition", "2")
+    assert not paper_scale.is_the_study(part, paper_scale.SMALL)
+    assert "--from-repetition 2" in paper_scale._command(part)
+
+
+@pytest.mark.parametrize("arguments", [("0",), ("4",), ("3", "--repetitions", "2")])
+def test_a_part_without_any_repetition_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        options_of("--scale", "small", "--from-repetition", *arguments)
+    assert ended.value.code == 2
+    assert "--from-repetition" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", list(paper_scale.SCALES))

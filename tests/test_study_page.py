@@ -16,45 +16,11 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import study_page
+from rows_of_studies import ATTACK, LEVELS, NOISE, a_result, a_row, an_evaluation
 from study_results import _evaluation, _training, table
 
 from nnunet_ima.evaluation.pipeline import Attacks
 from nnunet_ima.settings import KEY
-
-ATTACK, NOISE = "autoattack:version=fast", "white-noise"
-LEVELS = {
-    "sound_l2": ("5", "10", "15"), "sound_linf": ("2/255",), "paper_l2": ("5", "15", "25"),
-    "paper_linf": ("2/255", "4/255", "8/255", "16/255", "32/255"),
-}  # fmt: skip
-
-
-def an_evaluation(name: str, clean: float, attacked: list[float], trusted: bool = True) -> dict[str, Any]:
-    """Noise takes nothing."""
-    found = [
-        {"attack": attack, "level": level, "tvdi": value if attack == ATTACK else clean, "adi": 0.1}
-        for attack in (NOISE, ATTACK)
-        for level, value in zip(LEVELS[name], attacked, strict=True)
-    ]
-    clamp = {"tvdi": clean - 0.01, "adi": 0.1} if name.startswith("paper") else None
-    clean_figures = {"tvdi": clean, "adi": 0.2}
-    return {
-        "samples": 200, "seed": 0, "samples_seed": 3, "trusted": trusted, "clean": clean_figures, "clamp_only": clamp,
-        "results": found,
-    }  # fmt: skip
-
-
-def a_row(method: str, repetition: int, training: dict[str, Any] | None = None, **evaluations: Any) -> dict[str, Any]:
-    return {
-        "method": method, "repetition": repetition, "settings": {}, "training": training,
-        "evaluations": {name: evaluations.get(name) for name in LEVELS},
-    }  # fmt: skip
-
-
-def a_result(rows: list[dict[str, Any]], dataset: str = "Hippocampus") -> dict[str, Any]:
-    return {
-        "command": "python benchmarks/paper_scale.py", "scale": "small", "dataset": dataset, "rows": rows,
-        "date": "2026-11-26",
-    }  # fmt: skip
 
 
 def lines_of(text: str, heading: str) -> dict[str, list[str]]:
@@ -82,6 +48,18 @@ def test_a_cell_is_the_mean_over_repetitions_and_the_last_one_that_of_a_row(foun
         assert float(mean) == pytest.approx(100 * statistics.fmean(column), abs=0.0501)
         assert bool(spread) == (len(found) > 1)
         assert not spread or float(spread) == pytest.approx(100 * statistics.stdev(column), abs=0.0501)
+
+
+def test_a_method_that_was_trained_less_often_than_the_others_says_so():
+    rows = [a_row("STD", number, sound_l2=an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0])) for number in range(3)]
+    rows += [a_row("TE", number, sound_l2=an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0])) for number in range(2)]
+    text = table(a_result(rows))
+    assert f"`{ATTACK}`, protocol `sound`, L2, 200 validation slices, TVDI in %, mean ± standard deviation of 3" in text
+    assert {"STD", "TE, 2 of 3"} < lines_of(text, f"`{ATTACK}`, protocol `sound`, L2").keys()
+    # One of each is no mean, and has no deviation.
+    text = table(a_result([row for row in rows if not row["repetition"]]))
+    assert "deviation" not in text
+    assert {"STD", "TE"} < lines_of(text, f"`{ATTACK}`, protocol `sound`, L2").keys()
 
 
 def test_published_figures_stand_below_with_their_protocol():
