@@ -97,7 +97,7 @@ def _of_trainings(settings: Mapping[str, Any], changed: Iterable[str], features:
 
 def _of_attacks(attack: str, samples: int | None) -> Iterator[str]:
     if attack == AUTOATTACK:
-        yield "AutoAttack has more losses here than in the original program, so it finds at least as much."
+        yield "AutoAttack has more losses here than in the original program."
     else:
         yield f"The strong attack is {attack}, not AutoAttack at its full budget as in Table 3."
     if samples is not None:
