@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -247,24 +247,34 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--paper-linf", nargs="*", help="Linf, of the protocol paper; Table 3's at the paper's scale")
     parser.add_argument("--attack", default=FAST, help=f"for instance {STANDARD}")
     parser.add_argument("--standard", nargs="*", help=f"L2 levels of {STANDARD}, sound; 5 10 15 at the paper's scale")
-    parser.add_argument("--samples", type=int, help="attack so many validation slices; all of them unless given")
-    parser.add_argument("--other-samples", type=int, help="for Linf and the protocol paper")
-    parser.add_argument("--repetitions", type=int, help="trainings of each method")
     parser.add_argument(
-        "--from-repetition", type=int, default=1, help="the first that is trained here; study_join.py joins the parts"
+        "--samples", type=_positive, help="validation slices that are attacked; unless given, the scale's"
+    )
+    parser.add_argument("--other-samples", type=_positive, help="for Linf and the protocol paper")
+    parser.add_argument("--repetitions", type=_positive, help="the last repetition: so many trainings of each method")
+    parser.add_argument(
+        "--from-repetition",
+        type=_positive,
+        default=1,
+        help="the first that is trained here, in a work folder and a state of its own; study_join.py joins the parts",
     )
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     parser.add_argument("--state", type=Path, help="folder for what is needed to go on elsewhere")
-    parser.add_argument("--jobs", type=int, default=1, help="models at work at once")
+    parser.add_argument("--jobs", type=_positive, default=1, help="models at work at once")
     parser.add_argument(
-        "--workers", type=int, help="processes that augment, for each training; unless given, 1, and on CUDA all cores"
+        "--workers",
+        type=_positive,
+        help="processes that augment, for each training; unless given, 1, and on CUDA all cores",
     )
     parser.add_argument("--compile", action="store_true", help="let nnU-Net compile the network")
     parser.add_argument("--results", type=Path, help="where the JSON and the table go in any case")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu")
     options = parser.parse_args(arguments)
     last = options.repetitions or SCALES[options.scale].repetitions
-    if not 1 <= options.from_repetition <= last:
+    options.methods = list(dict.fromkeys(options.methods))
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error("--minutes must be more than 0.")
+    if options.from_repetition > last:
         parser.error(f"--from-repetition {options.from_repetition} is none of the repetitions 1 to {last}.")
     if options.workers is None:
         # A GPU waits for the augmentation of nnU-Net's batches of 366; a core is left for each training itself.
@@ -275,6 +285,13 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.standard is None:
         options.standard = list(SCALES[options.scale].standard)
     return options
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def make_study(options: argparse.Namespace, scale: Scale) -> Study:
@@ -343,6 +360,7 @@ def write(study: Study, options: argparse.Namespace, scale: Scale, complete_if_t
     result = {
         "scale": options.scale,
         "dataset": found[0].name.partition("_")[2],
+        "network": asdict(scale.network),
         "parts": [{"command": _command(options), "date": time.strftime("%Y-%m-%d")}],
         "rows": collect(study, found[0], list(methods(options, scale))),
     }
@@ -390,7 +408,7 @@ def is_complete(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def _command(options: argparse.Namespace) -> str:
     """Without the folders of this machine."""
-    shown = ["benchmarks/paper_scale.py", "--data", options.data.name, "--scale", options.scale]
+    shown = ["benchmarks/paper_scale.py", "--data", options.data.resolve().name, "--scale", options.scale]
     shown += ["--methods", *options.methods, "--attack", options.attack, "-device", options.device]
     for name in ("levels", "linf", "paper_levels", "paper_linf"):
         shown += [f"--{name.replace('_', '-')}", *getattr(options, name)]
@@ -401,6 +419,9 @@ def _command(options: argparse.Namespace) -> str:
         shown += ["--standard", *options.standard]
     if options.compile:
         shown.append("--compile")
+    if options.state is not None:
+        # Weights are then rounded before they are attacked.
+        shown += ["--state", "STATE"]
     return "python " + shlex.join(shown)
 
 

@@ -18,13 +18,14 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from study_machines import machine_lines
-from study_results import NORMS, protocol_and_norm, table
+from study_results import NORMS, in_order, labels, protocol_and_norm, table
 
 from nnunet_ima.files import atomic_path, write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "study.md", ROOT / "docs" / "pictures"
 SCALES = ("paper", "small")
+SINGLE = "single precision"
 COLOURS = {
     "STD": "#d1495b", "IMA": "#00798c", "IMA-single": "#66b2c0", "SAT": "#edae49", "TRADES": "#6a4c93", "TE": "#5c946e",
 }  # fmt: skip
@@ -36,20 +37,27 @@ def main() -> None:
     parser.add_argument("--scales", nargs="+", choices=SCALES, default=list(SCALES), help="whose results are put there")
     options = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    for scale in options.scales:
-        result = read(scale)
+    results = {scale: read(scale) for scale in options.scales}
+    for scale, result in results.items():
         page = filled(page, scale, section(result, scale))
+    for scale, result in results.items():
         if result is not None and evaluated(result):
             draw(result, PICTURES / f"study_{scale}.png")
     write_text(PAGE, page)
 
 
 def read(scale: str) -> dict[str, Any] | None:
-    """A study's results, None if there are none."""
+    """A study's results, None if there are none.
+
+    Raises:
+        ValueError: they are of another scale.
+    """
     file = RESULTS / f"paper_scale_{scale}.json"
     if not file.is_file():
         return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if found["scale"] != scale:
+        raise ValueError(f"{file} is of the scale {found['scale']}.")
     return found
 
 
@@ -72,9 +80,15 @@ def section(result: Mapping[str, Any] | None, scale: str) -> str:
     if result is None:
         return "Not run yet."
     commands = [f"`{part['command']}`, {part['date']}." for part in result["parts"]]
-    made = " ".join([*commands, *machine_lines(result["rows"]), *_seeds(result)])
+    made = " ".join([*commands, *machine_lines(result["rows"]), *_rounded(result["rows"]), *_seeds(result)])
     picture = [f"![Dice against level](pictures/study_{scale}.png)"] if evaluated(result) else []
     return "\n\n".join([made, *picture, table(result)])
+
+
+def _rounded(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    rounded = [row for row in rows if row["training"] and row["training"].get("weights", SINGLE) != SINGLE]
+    weights = f"{rounded[0]['training']['weights']}: {len(rounded)}." if rounded else ""
+    return [f"Models whose weights were rounded before anything was measured, to {weights}"] if rounded else []
 
 
 def _seeds(result: Mapping[str, Any]) -> list[str]:
@@ -92,13 +106,13 @@ def evaluated(result: Mapping[str, Any]) -> list[str]:
 
 def draw(result: Mapping[str, Any], file: Path) -> None:
     """TVDI against level under the attack of each evaluation, mean and standard deviation over repetitions."""
-    rows, names = result["rows"], evaluated(result)
+    rows, names = in_order(result["rows"]), evaluated(result)
     with plt.style.context("default"):
         figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 4), dpi=110, sharey=True, squeeze=False)
         for panel, name in zip(axes[0], names, strict=True):
             _draw_evaluation(panel, rows, name)
         axes[0][0].set_ylabel("Dice (TVDI, %)")
-        # A method may be drawn in some of the panels only.
+        # A method may be drawn in some of the panels only, or be of fewer trainings there.
         shown = {
             label: bars for panel in axes[0] for bars, label in zip(*panel.get_legend_handles_labels(), strict=True)
         }
@@ -112,16 +126,15 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
 
 def _draw_evaluation(panel: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
     protocol, norm = protocol_and_norm(name)
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method, label in labels(name, rows).items():
         mine = [row["evaluations"][name] for row in rows if row["method"] == method and row["evaluations"][name]]
-        if not mine:
-            continue
         levels = [result["level"] for result in mine[0]["results"] if _is_search(result)]
         found = [[one["clean"]["tvdi"], *(r["tvdi"] for r in one["results"] if _is_search(r))] for one in mine]
         columns = [[100 * value for value in column] for column in zip(*found, strict=True)]
-        spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+        # Of a single training nobody knows the deviation.
+        spread = [statistics.stdev(column) for column in columns] if len(mine) > 1 else None
         means = [statistics.fmean(column) for column in columns]
-        panel.errorbar(range(len(means)), means, spread, marker="o", color=COLOURS[method], label=method, capsize=3)
+        panel.errorbar(range(len(means)), means, spread, marker="o", color=COLOURS[method], label=label, capsize=3)
         panel.set_xticks(range(len(means)), ["clean", *levels])
     further = "".join(f", {word}" for word in name.partition("_")[0].split("-")[1:])
     panel.set_title(f"{protocol}, {NORMS[norm]}{further}", fontsize=10)

@@ -22,6 +22,9 @@ from nnunet_ima.settings import KEY
 HISTOGRAM = "margin_histogram"
 QUANTILES = ("margin_10", "margin_50", "margin_90", "margin_mean", "visits_mean", "passes_per_sample")
 NORMS = {"l2": "L2", "linf": "Linf"}
+ORDER = ("STD", "IMA", "IMA-single", "SAT", "TRADES", "TE")
+# Of machines whose seconds can be compared; what else ran there differs anyhow.
+ALIKE = ("device", "processor", "cores", "threads", "workers", "compiled")
 
 
 def collect(study: Study, dataset: Path, methods: Sequence[tuple[Method, int]]) -> list[dict[str, Any]]:
@@ -29,11 +32,14 @@ def collect(study: Study, dataset: Path, methods: Sequence[tuple[Method, int]]) 
     rows = []
     for method, repetition in methods:
         pipeline = study.pipeline(method)
-        training = _training(pipeline.fold_folder(dataset, method) / "checkpoint_final.pth")
+        # Of other settings: none of this study.
+        foreign = pipeline.has_other_settings(method)
+        checkpoint = pipeline.fold_folder(dataset, method) / "checkpoint_final.pth"
+        training = None if foreign else _training(checkpoint)
         evaluations = {}
         for attacks in study.evaluations:
             run = pipeline.results(method, attacks)
-            found = _evaluation(run, attacks)
+            found = None if foreign else _evaluation(run, attacks)
             spent = found and seconds_spent(pipeline.logs, run.name)
             found = {**found, "seconds": round(spent, 1)} if found and spent else found
             evaluations[attacks.name] = _on_machines(found, pipeline, run.name)
@@ -119,7 +125,7 @@ def table(result: Mapping[str, Any]) -> str:
     A cell is the mean over repetitions, with their standard deviation if there are several. The last column is the mean
     of clean and all levels, as Table 3's Avg; the mean and deviation are of the repetitions' own means.
     """
-    rows: Sequence[Mapping[str, Any]] = result["rows"]
+    rows: Sequence[Mapping[str, Any]] = in_order(result["rows"])
     lines: list[str] = []
     for name in dict.fromkeys(name for row in rows for name in row["evaluations"]):
         done = [row for row in rows if row["evaluations"][name] is not None]
@@ -129,6 +135,32 @@ def table(result: Mapping[str, Any]) -> str:
     lines += _training_lines(trained) if trained else []
     lines += _seconds_lines(rows)
     return "\n".join(lines).strip() + "\n"
+
+
+def in_order(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Method by method, always in the same order; repetition by repetition."""
+    known = {method: place for place, method in enumerate(ORDER)}
+    others = {row["method"]: len(ORDER) + place for place, row in enumerate(rows) if row["method"] not in known}
+    return sorted(rows, key=lambda row: ({**known, **others}[row["method"]], row["repetition"]))
+
+
+def labels(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What methods are called where an evaluation is shown: how often each was trained, and whether to trust it.
+
+    Args:
+        name: of the evaluation.
+        rows: of the study, in order.
+    """
+    done = [row for row in rows if row["evaluations"][name] is not None]
+    trainings = Counter(str(row["method"]) for row in done)
+    doubted = {row["method"] for row in done if not row["evaluations"][name]["trusted"]}
+    most = max(trainings.values(), default=0)
+    return {
+        method: method
+        + (f", {count} of {most}" if count < most else "")
+        + (", not to be trusted" if method in doubted else "")
+        for method, count in trainings.items()
+    }
 
 
 def protocol_and_norm(name: str) -> tuple[str, str]:
@@ -141,23 +173,20 @@ def _evaluation_lines(name: str, done: Sequence[Mapping[str, Any]], dataset: str
     protocol, norm = protocol_and_norm(name)
     first = done[0]["evaluations"][name]
     clamped = first["clamp_only"] is not None
-    trainings = Counter(str(row["method"]) for row in done)
-    most = max(trainings.values())
+    most = max(Counter(row["method"] for row in done).values())
     spread = f", mean ± standard deviation of {most} trainings" if most > 1 else ""
     for attack in dict.fromkeys(result["attack"] for result in first["results"]):
         levels = [result["level"] for result in first["results"] if result["attack"] == attack]
         attacked = f"{NORMS[norm]}, {first['samples']} validation slices"
         yield f"\n`{attack}`, protocol `{protocol}`, {attacked}, TVDI in %{spread}:\n"
         yield from _head("method", "clean", *(["clamp only"] if clamped else []), *levels, "mean")
-        for method in dict.fromkeys(row["method"] for row in done):
+        for method, label in labels(name, done).items():
             mine = [row["evaluations"][name] for row in done if row["method"] == method]
             found = [_figures(one, attack, levels) for one in mine]
             cells = [_cell([figures[place] for figures in found]) for place in range(1 + len(levels))]
             if clamped:
                 cells.insert(1, _cell([one["clamp_only"]["tvdi"] for one in mine]))
-            fewer = f", {trainings[method]} of {most}" if trainings[method] < most else ""
-            doubt = "" if all(one["trusted"] for one in mine) else ", not to be trusted"
-            yield _line(f"{method}{fewer}{doubt}", *cells, _cell([statistics.fmean(figures) for figures in found]))
+            yield _line(label, *cells, _cell([statistics.fmean(figures) for figures in found]))
         published = [
             (row, [row.clean, *(row.levels.get(level) for level in levels)])
             for row in _published(dataset, protocol, norm, attack)
@@ -183,25 +212,31 @@ def _figures(evaluation: Mapping[str, Any], attack: str, levels: Sequence[str]) 
 def _published(dataset: str, protocol: str, norm: str, attack: str) -> Sequence[Published]:
     """The paper's rows that one may look at beside these."""
     noise = attack.startswith("white-noise")
+    if not noise and not attack.startswith("autoattack"):
+        return []
     if protocol == "paper":
         return published_rows(dataset, "WhiteNoise" if noise else "AutoAttack", norm)
     return [] if noise else published_rows(dataset, "PGD", norm)
 
 
 def _training_lines(trained: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    stock = [row["training"]["seconds"] for row in trained if row["method"] == "STD"]
-    unit = statistics.fmean(stock) if stock else None
-    yield "\nTrainings, in epochs; seconds beside whatever ran at once, a ratio to the mean stock training."
+    stock = [row for row in trained if row["method"] == "STD"]
+    yield "\nTrainings, in epochs; seconds beside whatever ran at once, a ratio to stock trainings on such machines."
     yield "Of the last epoch: the precision of attacks, passes a sample, margins (10 / 50 / 90 %).\n"
     yield from _head("method", "epochs", "seconds", "ratio", "attacks in", "passes", "margins")
     for row in trained:
         one = row["training"]
-        ratio = "" if unit is None else f"{one['seconds'] / unit:.1f}"
+        units = [other["training"]["seconds"] for other in stock if _made_on(other) == _made_on(row)]
+        ratio = f"{one['seconds'] / statistics.fmean(units):.1f}" if units else ""
         passes = f"{one['passes_per_sample'][-1]:.1f}" if "passes_per_sample" in one else "1"
         margins = " / ".join(f"{one[key][-1]:.1f}" for key in QUANTILES[:3]) if "margin_10" in one else ""
         number = f" {row['repetition'] + 1}" if any(other["repetition"] for other in trained) else ""
         seconds, attacks = f"{one['seconds']:.0f}", one.get("attacks_in", "") if "passes_per_sample" in one else ""
         yield _line(f"{row['method']}{number}", str(one["epochs"]), seconds, ratio, attacks, passes, margins)
+
+
+def _made_on(row: Mapping[str, Any]) -> set[tuple[Any, ...]]:
+    return {tuple(machine[key] for key in ALIKE) for machine in row["training"].get("machines", [])}
 
 
 def _seconds_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -223,7 +223,7 @@ class Pipeline:
     def train(self, dataset: Path, method: Method) -> None:
         """Train a method, or continue where a stopped training left off."""
         step = f"train_{self.key(method)}"
-        self._refuse_other_settings(step, method)
+        self._refuse_other_settings(method)
         self.steps.once(step, self.train_command(dataset, method), "Epoch ", method.settings["num_epochs"])
 
     def train_command(self, dataset: Path, method: Method) -> list[str]:
@@ -283,15 +283,21 @@ class Pipeline:
         name = f"{method.trainer}__{self.plans_name}__{self.configuration(method)}"
         return self.folders["nnUNet_results"] / dataset.name / name
 
-    def _refuse_other_settings(self, step: str, method: Method) -> None:
+    def _refuse_other_settings(self, method: Method) -> None:
         """A model that was trained with other settings must not pass for one trained with these."""
-        file = self.logs / f"{step}.settings.json"
-        wanted = json.dumps(dict(method.settings), sort_keys=True)
-        if file.is_file() and file.read_text(encoding="utf-8") != wanted:
+        if self.has_other_settings(method):
             raise UserError(
                 f"{method.title} was trained with other settings in {self.output}; remove that folder or give another."
             )
-        write_text(file, wanted)
+        write_text(self._settings_file(method), _as_noted(method))
+
+    def has_other_settings(self, method: Method) -> bool:
+        """Whether the model of that name was trained with other settings, or begins to be."""
+        file = self._settings_file(method)
+        return file.is_file() and file.read_text(encoding="utf-8") != _as_noted(method)
+
+    def _settings_file(self, method: Method) -> Path:
+        return self.logs / f"train_{self.key(method)}.settings.json"
 
     def fold(self, dataset: Path, method: Method) -> int:
         """Fold 0, or for a method with fewer cases a fold of its own, added to nnU-Net's splits."""
@@ -362,3 +368,7 @@ def _count_cases(view: Path) -> int:
 def _processes(cases: int) -> str:
     # Each process that nnU-Net spawns imports torch first, which takes longer than to preprocess a few cases.
     return str(min(max(available_cores(), 2), MOST_PROCESSES)) if cases > FEW_CASES else "1"
+
+
+def _as_noted(method: Method) -> str:
+    return json.dumps(dict(method.settings), sort_keys=True)

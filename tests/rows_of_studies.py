@@ -28,13 +28,13 @@ def an_evaluation(name: str, clean: float, attacked: list[float], trusted: bool 
 
 def a_row(method: str, repetition: int, training: dict[str, Any] | None = None, **evaluations: Any) -> dict[str, Any]:
     return {
-        "method": method, "repetition": repetition, "settings": {}, "training": training,
+        "method": method, "repetition": repetition, "settings": {"num_epochs": 22}, "training": training,
         "evaluations": {name: evaluations.get(name) for name in LEVELS},
     }  # fmt: skip
 
 
 def a_result(rows: list[dict[str, Any]], dataset: str = "Hippocampus") -> dict[str, Any]:
     return {
-        "scale": "small", "dataset": dataset, "rows": rows,
+        "scale": "small", "dataset": dataset, "network": {"name": "2d_small", "features": 16}, "rows": rows,
         "parts": [{"command": "python benchmarks/paper_scale.py", "date": "2026-11-26"}],
     }  # fmt: skip

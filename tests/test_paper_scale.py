@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 import tarfile
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import paper_scale
 import study_machines
 import study_parts
+import study_results
 import study_state
 from study_machines import machines
 from study_parts import LARGEST_PART, MANIFEST
@@ -522,7 +524,68 @@ def test_a_part_of_a_study_is_not_put_where_whole_ones_are():
     assert paper_scale.is_the_study(options_of("--scale", "small"), paper_scale.SMALL)
     part = options_of("--scale", "small", "--from-repetition", "2")
     assert not paper_scale.is_the_study(part, paper_scale.SMALL)
-    assert "--from-repetition 2" in paper_scale._command(part)
+
+
+@given(
+    st.lists(
+        st.sampled_from([
+            ("--methods", "IMA", "STD"), ("--levels", "5"), ("--linf",), ("--paper-levels", "5", "15"),
+            ("--paper-linf", "2/255"), ("--attack", "pgd:steps=3"), ("--standard", "10"), ("--samples", "7"),
+            ("--other-samples", "5"), ("--repetitions", "2"), ("--from-repetition", "2"), ("--jobs", "2"),
+            ("--workers", "3"), ("--compile",), ("-device", "cuda"), ("--state", "STATE"),
+        ]),
+        unique_by=lambda option: option[0],
+    ),
+    st.sampled_from(list(paper_scale.SCALES)[:2]),
+)  # fmt: skip
+def test_the_command_that_results_name_asks_for_what_was_asked(chosen, scale):
+    """All that decides a figure, or how long it took."""
+    asked = ["--scale", scale, "--repetitions", "3", *(word for option in chosen for word in option)]
+    options = options_of(*asked)
+    _, program, *shown = shlex.split(paper_scale._command(options))
+    assert program == "benchmarks/paper_scale.py"
+    again = paper_scale._options(shown)
+    assert {**vars(again), "data": None} == {**vars(options), "data": None}
+
+
+def test_results_name_the_task_wherever_its_folder_lies(tmp_path, monkeypatch):
+    (tmp_path / "Task04_Hippocampus").mkdir()
+    monkeypatch.chdir(tmp_path / "Task04_Hippocampus")
+    assert "--data Task04_Hippocampus --scale" in paper_scale._command(paper_scale._options(["--data", "."]))
+
+
+def test_what_was_trained_with_other_settings_is_no_result_of_this_study(tmp_path):
+    """It is refused, but results of what else there is are written."""
+    study, method = a_study(tmp_path, None)
+    pipeline = study.pipeline(method)
+    assert not pipeline.has_other_settings(method)
+    pipeline.logs.mkdir(exist_ok=True)
+    dataset = tmp_path / "Dataset004_Hippocampus"
+    fold = pipeline.fold_folder(dataset, method)
+    fold.mkdir(parents=True)
+    times = {"epoch_start_timestamps": [0.0], "epoch_end_timestamps": [4.0]}
+    torch.save({"logging": times, "init_args": {}}, fold / FINAL)
+    for settings, other in ((method.settings, False), ({**method.settings, "steps": 99}, True)):
+        noted = pipeline.logs / f"train_{pipeline.key(method)}.settings.json"
+        noted.write_text(json.dumps(dict(settings), sort_keys=True))
+        (row,) = study_results.collect(study, dataset, [(method, 0)])
+        assert (row["training"] is None) == other
+        assert pipeline.has_other_settings(method) == other
+
+
+@pytest.mark.parametrize(
+    "option", ["--repetitions", "--samples", "--other-samples", "--jobs", "--workers", "--minutes"]
+)
+def test_a_number_that_would_mean_something_else_is_refused(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        options_of("--scale", "small", option, "0")
+    assert ended.value.code == 2
+    assert option in capsys.readouterr().err
+
+
+def test_a_method_that_is_named_twice_is_trained_once():
+    options = options_of("--methods", "STD", "IMA", "STD", "--scale", "glance")
+    assert [method.title for method, _ in paper_scale.methods(options, paper_scale.GLANCE)] == ["STD", "IMA"]
 
 
 @pytest.mark.parametrize("arguments", [("0",), ("4",), ("3", "--repetitions", "2")])

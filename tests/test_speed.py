@@ -451,6 +451,71 @@ def test_momentum_is_each_samples_own_whichever_are_still_attacked(chosen, seed)
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+ONE_BY_ONE = "each crossing bisected in passes of its own"
+WEIGHTS = "gradients for the weights in attack passes, too"
+
+
+@pytest.mark.parametrize("configuration", ["2d_tiny"])
+def test_a_step_without_one_of_imas_savings_does_the_same_work_at_greater_cost(ground, monkeypatch):
+    one_by_one, weights = (
+        "each crossing bisected in passes of its own",
+        "gradients for the weights in attack passes, too",
+    )
+    chosen = {name: speed_savings.SAVINGS[name] for name in (one_by_one, weights)}
+    inner = speed_savings.make
+    monkeypatch.setattr(speed_savings, "make", lambda *args, **settings: inner(*args, **{**settings, **TINY}))
+    monkeypatch.setattr(speed_savings, "SAVINGS", chosen)
+    rows = speed_savings.measure_savings(ground, CPU, 2, 0, "")["rows"]
+    assert [row["change"] for row in rows] == ["IMA", ONE_BY_ONE, WEIGHTS]
+    assert len({row["passes_per_sample"] for row in rows}) == 1
+    for row in rows:
+        assert [row[key] for key in ("loss", "distance", "margin")] == pytest.approx([1, 1, 1], abs=1e-4)
+
+
+@pytest.mark.parametrize("configuration", ["2d_tiny"])
+def test_a_step_without_one_of_imas_savings_asks_what_its_name_says(ground, monkeypatch):
+    gradients, dice = torch.autograd.grad, Oracle.dice
+    asked: dict[str, list[int]] = {"gradients": [], "dice": []}
+
+    def noted_gradients(outputs: Any, inputs: Any, **options: Any) -> Any:
+        asked["gradients"].append(len(inputs) if isinstance(inputs, list) else 1)
+        return gradients(outputs, inputs, **options)
+
+    def noted_dice(self: Oracle, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        asked["dice"].append(len(index))
+        return dice(self, images, index)
+
+    monkeypatch.setattr(torch.autograd, "grad", noted_gradients)
+    monkeypatch.setattr(Oracle, "dice", noted_dice)
+    with speed_trainers.at_work(ground):
+        trainers = {
+            name: speed_trainers.make(speed_trainers.KINDS["IMA"], ground, CPU, **TINY)
+            for name in ("IMA", ONE_BY_ONE, WEIGHTS)
+        }
+        for name in (ONE_BY_ONE, WEIGHTS):
+            change = speed_savings.SAVINGS[name].change
+            assert change is not None
+            change(trainers[name])
+        loader = speed_trainers.make(speed_trainers.KINDS["TE"], ground, CPU, **TINY).dataloader_train
+        for batch in itertools.islice(loader, 20):
+            crossed = int(speed_trainers.step_of(trainers["IMA"], batch, 0)[1]["crossed"])
+            if crossed > 1:
+                break
+        found = {}
+        for name, trainer in trainers.items():
+            asked.update(gradients=[], dice=[])
+            speed_trainers.step_of(trainer, batch, 0)
+            found[name] = asked["gradients"], asked["dice"]
+            # The update needs gradients after the attack, and gets them.
+            assert all(weight.requires_grad for weight in trainer.bare_network.parameters())
+        tensors, halvings = len(list(trainer.bare_network.parameters())), trainer.settings.bisections
+    assert crossed > 1
+    assert found["IMA"][1][-halvings:] == [crossed] * halvings
+    assert found[ONE_BY_ONE][1][-halvings * crossed :] == [1] * halvings * crossed
+    assert set(found["IMA"][0]) == {1}
+    assert found[WEIGHTS][0] == [1 + tensors] * len(found["IMA"][0])
+
+
 class Noting(torch.nn.Module):
     """In place of a compiled network: notes for how many images it answers."""
 

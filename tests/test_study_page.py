@@ -107,6 +107,68 @@ def test_what_is_not_to_be_trusted_is_marked_and_what_is_missing_left_out():
     assert "Trainings" not in text
 
 
+def test_a_method_is_doubted_if_any_of_its_runs_is():
+    rows = [a_row("STD", number, sound_l2=an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0], trusted=number != 1))
+            for number in range(3)]  # fmt: skip
+    assert "STD, not to be trusted" in lines_of(table(a_result(rows)), f"`{ATTACK}`, protocol `sound`, L2")
+
+
+def test_methods_stand_in_one_order_in_every_table():
+    """Whichever came first, and whichever lacks something."""
+    rows = [a_row(method, 0, sound_l2=an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0]),
+                  sound_linf=an_evaluation("sound_linf", 0.9, [0.5]) if method != "IMA" else None)
+            for method in ("ours", "TE", "IMA-single", "SAT", "STD", "TRADES", "IMA")]  # fmt: skip
+    rows.append(a_row("IMA", 1, sound_linf=an_evaluation("sound_linf", 0.9, [0.5])))
+    text = table(a_result(rows, dataset="Spleen"))
+    for heading in (f"`{ATTACK}`, protocol `sound`, L2", f"`{ATTACK}`, protocol `sound`, Linf"):
+        found = [name.partition(",")[0] for name in lines_of(text, heading)]
+        assert found == ["method", "---", "STD", "IMA", "IMA-single", "SAT", "TRADES", "TE", "ours"]
+
+
+@given(st.lists(shares, min_size=1, max_size=4))
+def test_what_the_clamp_alone_leaves_is_a_mean_too(found):
+    rows = [a_row("IMA", number, paper_l2=an_evaluation("paper_l2", clean, [0.5, 0.4, 0.3]))
+            for number, clean in enumerate(found)]  # fmt: skip
+    cell = lines_of(table(a_result(rows)), f"`{ATTACK}`, protocol `paper`, L2")["IMA"][1]
+    assert float(cell.partition(" ± ")[0]) == pytest.approx(100 * statistics.fmean(found) - 1, abs=0.0501)
+
+
+def test_another_search_than_autoattack_has_no_published_rows_of_autoattack():
+    found = an_evaluation("paper_l2", 0.9, [0.5, 0.4, 0.3])
+    for result in found["results"]:
+        result["attack"] = result["attack"].replace(ATTACK, "pgd:steps=1")
+    text = table(a_result([a_row("STD", 0, paper_l2=found)]))
+    assert {"method", "---", "STD"} == lines_of(text, "`pgd:steps=1`, protocol `paper`, L2").keys()
+
+
+def test_how_long_evaluations_took_is_told_of_those_that_know():
+    found = an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0])
+    rows = [
+        a_row("STD", number, sound_l2={**found, "seconds": seconds}) for number, seconds in enumerate((60, 80, 300))
+    ]
+    rows.append(a_row("IMA", 0, sound_l2=found))
+    assert lines_of(table(a_result(rows)), "Evaluations, seconds a model")["sound, l2"] == ["3", "60", "80", "300"]
+
+
+def test_trainings_are_compared_with_stock_trainings_on_machines_of_the_same_kind():
+    def trained(seconds: float, **machine: Any) -> dict[str, Any]:
+        return {"seconds": seconds, "epochs": 22, "machines": [{**A_MACHINE, **machine}]}
+
+    rows = [
+        a_row("STD", 0, trained(100.0)), a_row("IMA", 0, trained(600.0, jobs=1)),
+        a_row("STD", 1, trained(10.0, device="A GPU")), a_row("IMA", 1, trained(50.0, device="A GPU")),
+        a_row("IMA", 2, trained(50.0, device="Another GPU")),
+    ]  # fmt: skip
+    cells = lines_of(table(a_result(rows)), "Trainings, in epochs")
+    assert [cells[name][2] for name in ("STD 1", "IMA 1", "STD 2", "IMA 2", "IMA 3")] == [
+        "1.0",
+        "6.0",
+        "1.0",
+        "5.0",
+        "",
+    ]
+
+
 def test_trainings_are_compared_with_the_mean_stock_training():
     stock = {"seconds": 100.0, "epochs": 22}
     ima = {"seconds": 450.0, "epochs": 22, "attacks_in": "bfloat16", "passes_per_sample": [3.0, 9.5],
@@ -155,10 +217,11 @@ def test_a_page_keeps_what_is_written_around_the_tables():
 
 def test_the_picture_shows_every_method_and_evaluation_with_its_spread(tmp_path, monkeypatch):
     rows = [
-        a_row(method, number, sound_l2=an_evaluation("sound_l2", 0.9, [value, 0.1, 0.0]))
-        for method, value in (("STD", 0.2), ("IMA", 0.7))
+        a_row(method, number, sound_l2=an_evaluation("sound_l2", 0.9, [value + 0.2 * number, 0.1, 0.0]))
+        for method, value in (("STD", 0.2), ("IMA", 0.6))
         for number in range(2)
     ]
+    rows.append(a_row("TE", 0, sound_l2=an_evaluation("sound_l2", 0.8, [0.5, 0.1, 0.0], trusted=False)))
     rows.append(a_row("SAT", 0, sound_linf=an_evaluation("sound_linf", 0.8, [0.5])))
     figures: list[Any] = []
     monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
@@ -166,9 +229,36 @@ def test_the_picture_shows_every_method_and_evaluation_with_its_spread(tmp_path,
     assert (tmp_path / "study.png").stat().st_size > 5000
     panels = figures[0].axes
     assert [panel.get_title() for panel in panels] == ["sound, L2", "sound, Linf"]
-    drawn = {bars.get_label(): bars[0].get_ydata().tolist() for panel in panels for bars in panel.containers}
-    assert drawn["IMA"] == pytest.approx([90, 70, 10, 0])
-    assert drawn.keys() == {text.get_text() for text in panels[-1].get_legend().get_texts()} == {"STD", "IMA", "SAT"}
+    drawn = {bars.get_label(): bars for panel in panels for bars in panel.containers}
+    assert drawn.keys() == {text.get_text() for text in panels[-1].get_legend().get_texts()}
+    assert drawn.keys() == {"STD", "IMA", "SAT", "TE, 1 of 2, not to be trusted"}
+    assert drawn["IMA"][0].get_ydata().tolist() == pytest.approx([90, 70, 10, 0])
+    # From 6 and 8 tenths: a standard deviation of sqrt(2) tenths, up and down.
+    (bars,) = drawn["IMA"][2]
+    lengths = [segment[1][1] - segment[0][1] for segment in bars.get_segments()]
+    assert lengths == pytest.approx([0, 2 * 100 * 0.1 * 2**0.5, 0, 0], abs=1e-6)
+    # What nobody knows is not drawn as nothing.
+    assert not drawn["TE, 1 of 2, not to be trusted"].has_yerr
+
+
+def test_nothing_is_written_if_the_results_of_a_scale_are_of_another(tmp_path, monkeypatch):
+    rows = [a_row("STD", 0, sound_l2=an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0]))]
+    page = study_page.PAGE.read_text(encoding="utf-8")
+    for name in ("RESULTS", "PICTURES"):
+        monkeypatch.setattr(study_page, name, tmp_path)
+    monkeypatch.setattr(study_page, "PAGE", tmp_path / "study.md")
+    (tmp_path / "study.md").write_text(page, encoding="utf-8")
+    for scale in study_page.SCALES:
+        (tmp_path / f"paper_scale_{scale}.json").write_text(json.dumps({**a_result(rows), "scale": "paper"}))
+    monkeypatch.setattr(sys, "argv", ["study_page.py"])
+    with pytest.raises(ValueError, match="is of the scale paper"):
+        study_page.main()
+    assert (tmp_path / "study.md").read_text(encoding="utf-8") == page
+    assert not list(tmp_path.glob("*.png"))
+    monkeypatch.setattr(sys, "argv", ["study_page.py", "--scales", "paper"])
+    study_page.main()
+    assert "| STD | 90.0 | 20.0 |" in (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert (tmp_path / "study_paper.png").is_file()
 
 
 def test_a_study_that_was_only_begun_has_no_picture():
@@ -206,13 +296,18 @@ A_MACHINE = {
 
 def test_the_page_says_on_which_machines_and_with_which_seeds_figures_were_made():
     gpu = {**A_MACHINE, "device": "A GPU", "cores": 16, "workers": 7, "compiled": True}
-    training = {"seconds": 100.0, "epochs": 22}
+    training = {"seconds": 100.0, "epochs": 22, "weights": "single precision"}
     found = an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0])
     rows = [
         a_row("STD", 0, {**training, "machines": [A_MACHINE]}, sound_l2={**found, "machines": [A_MACHINE]}),
         a_row("IMA", 0, {**training, "machines": [A_MACHINE, gpu]}, sound_l2={**found, "machines": []}),
     ]
-    text = study_page.section(a_result(rows), "small")
+    rows[1]["training"]["weights"] = "half precision"
+    result = a_result(rows)
+    result["parts"].append({"command": "python elsewhere.py", "date": "2026-11-27"})
+    text = study_page.section(result, "small")
+    assert "`python benchmarks/paper_scale.py`, 2026-11-26. `python elsewhere.py`, 2026-11-27." in text
+    assert "rounded before anything was measured, to half precision: 1." in text
     cpu = "On A processor with AMX, 2 cores, 1 thread, 1 worker, 2 models at once, torch 2.15.0, nnU-Net 2.8.1"
     assert f"{cpu}: 2 trainings (1 in part), 1 evaluation." in text
     assert "On A GPU (A processor with AMX), 16 cores, 1 thread, 7 workers, 2 models at once, compiled," in text
