@@ -7,8 +7,11 @@ better, the difference of the two counts would have a standard deviation of the 
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,7 +25,10 @@ from nnunet_ima.lp import lp_norm
 from nnunet_ima.threat import ThreatModel
 
 torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is not installed (make test does it)")
-art_attacks = pytest.importorskip("art.attacks.evasion", reason="adversarial-robustness-toolbox is not installed")
+# When it is imported, ART writes into the home folder; of two processes that do so at once for the first time, one
+# finds the file there that it neither read nor wrote, and ends with a NameError.
+with tempfile.TemporaryDirectory() as home, patch.dict(os.environ, {"HOME": home}):
+    art_attacks = pytest.importorskip("art.attacks.evasion", reason="adversarial-robustness-toolbox is not installed")
 
 SAMPLES = 200
 STEPS = 30
