@@ -38,6 +38,7 @@ from study_results import collect, most_samples, table
 from study_state import pack, round_before_evaluations, unpack
 
 from nnunet_ima.errors import UserError
+from nnunet_ima.evaluation.command_line import positive
 from nnunet_ima.evaluation.ending import Terminated, ended_in_order
 from nnunet_ima.evaluation.environment import available_cores
 from nnunet_ima.evaluation.pipeline import Attacks, Method, PlannedNetwork, SmallNetwork
@@ -248,22 +249,22 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attack", default=FAST, help=f"for instance {STANDARD}")
     parser.add_argument("--standard", nargs="*", help=f"L2 levels of {STANDARD}, sound; 5 10 15 at the paper's scale")
     parser.add_argument(
-        "--samples", type=_positive, help="validation slices that are attacked; unless given, the scale's"
+        "--samples", type=positive, help="validation slices that are attacked; unless given, the scale's"
     )
-    parser.add_argument("--other-samples", type=_positive, help="for Linf and the protocol paper")
-    parser.add_argument("--repetitions", type=_positive, help="the last repetition: so many trainings of each method")
+    parser.add_argument("--other-samples", type=positive, help="for Linf and the protocol paper")
+    parser.add_argument("--repetitions", type=positive, help="the last repetition: so many trainings of each method")
     parser.add_argument(
         "--from-repetition",
-        type=_positive,
+        type=positive,
         default=1,
         help="the first that is trained here, in a work folder and a state of its own; study_join.py joins the parts",
     )
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     parser.add_argument("--state", type=Path, help="folder for what is needed to go on elsewhere")
-    parser.add_argument("--jobs", type=_positive, default=1, help="models at work at once")
+    parser.add_argument("--jobs", type=positive, default=1, help="models at work at once")
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         help="processes that augment, for each training; unless given, 1, and on CUDA all cores",
     )
     parser.add_argument("--compile", action="store_true", help="let nnU-Net compile the network")
@@ -285,13 +286,6 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.standard is None:
         options.standard = list(SCALES[options.scale].standard)
     return options
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
 
 
 def make_study(options: argparse.Namespace, scale: Scale) -> Study:

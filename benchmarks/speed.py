@@ -124,6 +124,8 @@ def _conditions(options: argparse.Namespace, device: torch.device) -> dict[str, 
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            # On a CPU this is worth a factor of two; "" lets them spin.
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
             "load_average": round(os.getloadavg()[0], 1),
             "alone": not options.contended,
         },

@@ -18,14 +18,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from study_machines import machine_lines
-from study_results import NORMS, in_order, labels, protocol_and_norm, table
+from study_results import NORMS, UNROUNDED, in_order, labels, protocol_and_norm, table
 
 from nnunet_ima.files import atomic_path, write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "study.md", ROOT / "docs" / "pictures"
 SCALES = ("paper", "small")
-SINGLE = "single precision"
 COLOURS = {
     "STD": "#d1495b", "IMA": "#00798c", "IMA-single": "#66b2c0", "SAT": "#edae49", "TRADES": "#6a4c93", "TE": "#5c946e",
 }  # fmt: skip
@@ -86,7 +85,7 @@ def section(result: Mapping[str, Any] | None, scale: str) -> str:
 
 
 def _rounded(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    rounded = [row for row in rows if row["training"] and row["training"].get("weights", SINGLE) != SINGLE]
+    rounded = [row for row in rows if row["training"] and row["training"].get("weights", UNROUNDED) != UNROUNDED]
     weights = f"{rounded[0]['training']['weights']}: {len(rounded)}." if rounded else ""
     return [f"Models whose weights were rounded before anything was measured, to {weights}"] if rounded else []
 

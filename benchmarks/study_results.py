@@ -22,6 +22,7 @@ from nnunet_ima.settings import KEY
 HISTOGRAM = "margin_histogram"
 QUANTILES = ("margin_10", "margin_50", "margin_90", "margin_mean", "visits_mean", "passes_per_sample")
 NORMS = {"l2": "L2", "linf": "Linf"}
+UNROUNDED = "single precision"
 ORDER = ("STD", "IMA", "IMA-single", "SAT", "TRADES", "TE")
 # Of machines whose seconds can be compared; what else ran there differs anyhow.
 ALIKE = ("device", "processor", "cores", "threads", "workers", "compiled")
@@ -70,7 +71,7 @@ def _training(checkpoint: Path) -> dict[str, Any] | None:
     )
     return {
         "seconds": round(seconds, 1),
-        "weights": stored.get(ROUNDED_MARK, "single precision"),
+        "weights": stored.get(ROUNDED_MARK, UNROUNDED),
         "epochs": len(log["epoch_end_timestamps"]),
         **_attacks_in(stored["init_args"].get(KEY, {})),
         **_histogram(stored["init_args"].get(KEY, {})),

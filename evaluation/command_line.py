@@ -117,8 +117,8 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
     parser.add_argument("--level", help="of the attack that scores; default: the smallest of nnunet_ima evaluate's")
     parser.add_argument("--attack", default="pgd:steps=20", help="default pgd:steps=20")
-    parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
-    parser.add_argument("-num_parts", type=_positive, default=1, help="split the jobs over this many machines")
+    parser.add_argument("--max-samples", type=positive, help="attack no more slices or tiles than this")
+    parser.add_argument("-num_parts", type=positive, default=1, help="split the jobs over this many machines")
     parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     parser.add_argument("-o", "--output", type=Path, required=True, help="for logs, results, table and picture")
@@ -132,8 +132,8 @@ def _add_configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-tr", "--trainer", default="nnUNetTrainerIMA", help="default nnUNetTrainerIMA")
     parser.add_argument("-p", "--plans", default="nnUNetPlans", help="default nnUNetPlans")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the new configuration")
-    parser.add_argument("--features", type=_positive, help="of the first stage of a smaller network, for a CPU or CI")
-    parser.add_argument("--batch-size", type=_positive, help="of the new configuration; default: as planned")
+    parser.add_argument("--features", type=positive, help="of the first stage of a smaller network, for a CPU or CI")
+    parser.add_argument("--batch-size", type=positive, help="of the new configuration; default: as planned")
     parser.add_argument("--name", help="of the new configuration; default: CONFIGURATION_ima")
     parser.set_defaults(run=_configure)
 
@@ -151,19 +151,19 @@ def _add_decathlon(parser: argparse.ArgumentParser) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--dry-run", action="store_true", help="print the steps, what they cost, and differences")
     shown.add_argument("--print-jobs", action="store_true", help="print commands for a queue, one a line")
-    parser.add_argument("--jobs", type=_positive, default=1, help="models at work at once; default 1")
-    parser.add_argument("--workers", type=_positive, default=1, help="processes that augment, for each training")
+    parser.add_argument("--jobs", type=positive, default=1, help="models at work at once; default 1")
+    parser.add_argument("--workers", type=positive, default=1, help="processes that augment, for each training")
     parser.add_argument("--compile", action="store_true", help="let nnU-Net compile the network")
-    parser.add_argument("--epochs", type=_positive, default=50, help="default 50, as in the paper")
-    parser.add_argument("--iterations", type=_positive, default=50, help="an epoch; default 50, as in the paper")
+    parser.add_argument("--epochs", type=positive, default=50, help="default 50, as in the paper")
+    parser.add_argument("--iterations", type=positive, default=50, help="an epoch; default 50, as in the paper")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of all trainings")
-    parser.add_argument("--features", type=_positive, help="of the first stage of a smaller network, for a CPU")
-    parser.add_argument("--batch-size", type=_positive, help="of all trainings; default: as planned")
+    parser.add_argument("--features", type=positive, help="of the first stage of a smaller network, for a CPU")
+    parser.add_argument("--batch-size", type=positive, help="of all trainings; default: as planned")
     parser.add_argument(
         "--attack", default="autoattack:version=standard",
         help="beside white noise and PGD-100, as for nnunet_ima evaluate; default autoattack:version=standard",
     )  # fmt: skip
-    parser.add_argument("--samples", type=_positive, help="attack no more slices than this; default: all")
+    parser.add_argument("--samples", type=positive, help="attack no more slices than this; default: all")
     parser.add_argument(
         "--evaluations", nargs="+", choices=("sound_l2", "paper_l2", "paper_linf", "paper_linf_noise"),
         default=["sound_l2", "paper_l2", "paper_linf", "paper_linf_noise"], help="default: all four",
@@ -184,7 +184,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", default="l2", choices=NORMS, help="default l2")
     parser.add_argument("--level", help="default: the smallest of nnunet_ima evaluate's")
     parser.add_argument("--attack", default="apgd:steps=20", help="default apgd:steps=20")
-    parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
+    parser.add_argument("--max-samples", type=positive, help="attack no more slices or tiles than this")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("-device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     parser.add_argument("-o", "--output", type=Path, help="default: inside the fold's folder")
@@ -211,9 +211,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "apgd-t fab square spsa autoattack:version=standard,mode=threshold (docs/attacks.md); default: white-noise "
         "autoattack:version=fast",
     )  # fmt: skip
-    parser.add_argument("--max-samples", type=_positive, help="attack no more slices or tiles than this")
+    parser.add_argument("--max-samples", type=positive, help="attack no more slices or tiles than this")
     parser.add_argument(
-        "--batch-size", type=_positive,
+        "--batch-size", type=positive,
         help="samples attacked, and noted, at once; changes no number; default: 1 to 32 on a CPU, else as many as "
         "fill whole passes, 33 to 128",
     )  # fmt: skip
@@ -234,7 +234,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--end-to-end-mirroring", action="store_const", const="mirroring", dest="end_to_end",
         help="the same, through nnU-Net's mirroring as well: up to 4 (2D) or 8 (3D) times the passes",
     )  # fmt: skip
-    parser.add_argument("-num_parts", type=_positive, default=1, help="split the cases over this many machines")
+    parser.add_argument("-num_parts", type=positive, default=1, help="split the cases over this many machines")
     parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument(
         "--merge", nargs="*", type=Path, metavar="FOLDER",
@@ -254,7 +254,7 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", required=True, help="such as 5, or 2/255 for linf")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="default: all of the fold")
     parser.add_argument(
-        "--batch-size", type=_positive,
+        "--batch-size", type=positive,
         help="samples at once; changes no number; default: as many as fill whole passes, up to 64, on CUDA up to 128",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="default 0")
@@ -350,9 +350,9 @@ def _judge(options: argparse.Namespace) -> int:
 def _add_subset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", type=Path, help="a task folder of the Decathlon")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the new folder, such as ./Task04_Tiny")
-    parser.add_argument("--cases", type=_positive, default=20, help="default 20")
+    parser.add_argument("--cases", type=positive, default=20, help="default 20")
     parser.add_argument("--crop", type=int, metavar="MARGIN", help="to the foreground and so many voxels around it")
-    parser.add_argument("--shrink", type=_positive, default=1, help="enlarge voxels in the plane so many times")
+    parser.add_argument("--shrink", type=positive, default=1, help="enlarge voxels in the plane so many times")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of cases; default 0")
     parser.set_defaults(run=_subset)
 
@@ -584,7 +584,12 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's whole number of at least 1, for argparse.
+
+    Raises:
+        ArgumentTypeError: it is smaller.
+    """
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
