@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,12 @@ from nnunet_ima.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("STD", "IMA", "SAT", "TRADES", "TE")
-# IMA once more, its attacks in single precision throughout: does the faster precision change what is trained?
-SINGLE = "IMA-single"
+# Methods once more with other settings, for those who ask.
+# IMA with its attacks in single precision throughout: does the faster precision change what is trained?
+SINGLE: Mapping[str, Mapping[str, Any]] = {"IMA-single": {"attack_precision": "single"}}
+# SAT and TE with the papers' ε and weight: do they need those of the small scale?
+AS_PUBLISHED: Mapping[str, Mapping[str, Any]] = {"SAT-eps15": {"epsilon": 15.0}, "TE-weight300": {"te_weight": 300.0}}
+VARIANTS = (*SINGLE, *AS_PUBLISHED)
 FAST, STANDARD = "autoattack:version=fast", "autoattack:version=standard"
 
 
@@ -65,6 +69,7 @@ class Scale:
         repetitions: trainings of each method; nnU-Net's trainings are not seeded, so each is another draw.
         paper_linf: Linf levels of the protocol paper; none, and no such evaluation, unless given.
         standard: L2 levels of the protocol sound, at which the standard AutoAttack is run, too.
+        variants: ``<method>-<what differs>``, which may be asked for, and the settings that differ from the method's.
     """
 
     network: PlannedNetwork | SmallNetwork
@@ -75,6 +80,7 @@ class Scale:
     other_samples: int | None = None
     paper_linf: Sequence[str] = ()
     standard: Sequence[str] = ()
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: SINGLE)
 
 
 # Of every epoch: a stop loses what came after the last checkpoint, and five epochs may be longer than a spell.
@@ -101,8 +107,8 @@ SMALL = Scale(
         "initial_lr": 0.1,
         **CHECKPOINTS,
     },
-    # At ε 15 so small a network learned nothing from SAT in so few steps, and TE's pull at the paper's weight of 300
-    # kept it from its task (docs/methods.md). IMA's ε is only the largest that a margin may become.
+    # At ε 15 so small a network learns nothing from SAT in so few steps, and TE's pull at the paper's weight of 300
+    # keeps it from its task; the variants show it. IMA's ε is only the largest that a margin may become.
     {
         "IMA": {"steps": 10},
         "SAT": {"steps": 5, "epsilon": 5.0},
@@ -112,6 +118,7 @@ SMALL = Scale(
     200,
     3,
     other_samples=100,
+    variants={**SINGLE, **AS_PUBLISHED},
 )
 GLANCE = Scale(
     SmallNetwork("2d_glance", features=4, most_features=16, batch_size=8),
@@ -241,7 +248,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="a task folder of the Decathlon")
     parser.add_argument("-o", "--output", type=Path, default=Path("demo/paper_scale"), help="where to work")
     parser.add_argument("--scale", choices=list(SCALES), default="paper")
-    parser.add_argument("--methods", nargs="+", choices=(*METHODS, SINGLE), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *VARIANTS), default=list(METHODS))
     parser.add_argument("--levels", nargs="+", default=["5", "10", "15"], help="L2, of the protocol sound")
     parser.add_argument("--linf", nargs="*", default=["2/255", "4/255", "8/255"], help="Linf, of the protocol sound")
     parser.add_argument("--paper-levels", nargs="*", default=["5", "15", "25"], help="L2, of the protocol paper")
@@ -273,6 +280,9 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     last = options.repetitions or SCALES[options.scale].repetitions
     options.methods = list(dict.fromkeys(options.methods))
+    for name in set(options.methods) & set(VARIANTS) - set(SCALES[options.scale].variants):
+        same = _method_of(name)
+        parser.error(f"--methods {name}: at the scale {options.scale} that is {same} as it is; leave it out.")
     if options.minutes is not None and options.minutes <= 0:
         parser.error("--minutes must be more than 0.")
     if options.from_repetition > last:
@@ -308,14 +318,16 @@ def methods(options: argparse.Namespace, scale: Scale) -> Iterator[tuple[Method,
     """Each method as often as it is trained, and the number of the repetition."""
     for repetition in range(options.from_repetition - 1, options.repetitions or scale.repetitions):
         for name in options.methods:
-            method = "IMA" if name == SINGLE else name
-            settings = {**scale.settings, **scale.own.get(method, {})}
+            method, differs = _method_of(name), scale.variants.get(name, {})
+            settings = {**scale.settings, **scale.own.get(method, {}), **differs}
             if name == "TRADES":
                 settings.pop("steps", None)
-            if name == SINGLE:
-                settings["attack_precision"] = "single"
-            variant = ("_single" if name == SINGLE else "") + (f"_r{repetition}" if repetition else "")
+            variant = name.removeprefix(method).replace("-", "_") + (f"_r{repetition}" if repetition else "")
             yield Method(name, f"nnUNetTrainer{method}", settings, variant=variant), repetition
+
+
+def _method_of(name: str) -> str:
+    return name.partition("-")[0]
 
 
 def evaluations(options: argparse.Namespace, scale: Scale) -> list[Attacks]:

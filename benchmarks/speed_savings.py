@@ -9,8 +9,10 @@ perturbed samples, how far they are from the clean ones, and where the margins g
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import count
 from statistics import mean
 from typing import Any, NamedTuple, cast
 from unittest.mock import patch
@@ -25,11 +27,14 @@ from nnunet_ima.attacks import bpgd
 from nnunet_ima.attacks.bpgd import bisect
 from nnunet_ima.attacks.graphs import CudaGraphs
 from nnunet_ima.attacks.oracle import Ascent, Oracle
+from nnunet_ima.attacks.pgd import ascend
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.lp import lp_norm, per_sample
 from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
 
 MOMENTUM = 0.75
+# Steps of GenAdv in 4E/K: those of the first four tenths, of the next three, of the last three.
+HALVED = (2.0, 1.0, 0.5)
 FEW_SIZES = 4
 # Each size with and without a gradient, in either precision, and what training passes need where nnU-Net compiles.
 MOST_VARIANTS = 64
@@ -190,6 +195,62 @@ def _with_weight_gradients(trainer: Any) -> None:
     trainer.attack_oracle = lambda *asked: _WithWeightGradients(inner(*asked), trainer.bare_network)
 
 
+class _FullResolutionOnly:
+    """An oracle whose network gives the output of full resolution alone in what it is asked: heads, loss, gradient."""
+
+    def __init__(self, oracle: Oracle, trainer: Any, also_ascents: bool) -> None:
+        self._oracle, self._trainer, self._also_ascents = oracle, trainer, also_ascents
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._oracle, name)
+
+    def ascent(self, images: Tensor, index: Tensor, progress: float = 0.0) -> Ascent:
+        with self._alone() if self._also_ascents else nullcontext():
+            return self._oracle.ascent(images, index, progress=progress)
+
+    def dice(self, images: Tensor, index: Tensor) -> Tensor:
+        with self._alone():
+            return self._oracle.dice(images, index)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._trainer.set_deep_supervision_enabled(False)
+        try:
+            yield
+        finally:
+            self._trainer.set_deep_supervision_enabled(True)
+
+
+def _no_heads(trainer: Any, also_ascents: bool = False) -> None:
+    inner = trainer.attack_oracle
+    trainer.attack_oracle = lambda *asked: _FullResolutionOnly(inner(*asked), trainer, also_ascents)
+
+
+def _has_no_heads(trainer: Any) -> str | None:
+    return None if trainer.enable_deep_supervision else "the network has no deep supervision"
+
+
+def halved(step: int, steps: int) -> float:
+    """By how much the step number ``step`` of ``steps`` is longer than all are without halving."""
+    return HALVED[0 if 10 * step < 4 * steps else 1 if 10 * step < 7 * steps else 2]
+
+
+def _with_halved_steps(trainer: Any) -> None:
+    inner = trainer._generate
+
+    def generate(*asked: Any) -> Any:
+        # GenAdv ascends once for all samples that are left.
+        taken = count()
+
+        def shorter(threat: Any, point: Tensor, images: Tensor, gradient: Tensor, length: float) -> Tensor:
+            return ascend(threat, point, images, gradient, length * halved(next(taken), trainer.settings.steps))
+
+        with patch.object(bpgd, "ascend", shorter):
+            return inner(*asked)
+
+    trainer._generate = generate
+
+
 def _bisect_one_by_one(
     oracle: Oracle, criterion: DiceCriterion, correct_side: Tensor, wrong_side: Tensor, index: Tensor, halvings: int
 ) -> Tensor:
@@ -217,6 +278,9 @@ SAVINGS: dict[str, Saving] = {
         "the same, and momentum may find as much", {"steps": 10}, _with_momentum
     ),
     "20 ascents with momentum": Saving("none, unless samples cross earlier", {}, _with_momentum),
+    "10 ascents instead of 20, steps halved on the way": Saving(
+        "half of the attack passes; long steps first may cross as often", {"steps": 10}, _with_halved_steps
+    ),
     "start where an attack on the same patch ended": Saving("samples cross at once, or after few steps", {}, _warm),
     "6 bisections instead of 10": Saving("8 %: four forward passes of the crossed samples", {"bisections": 6}),
     "each crossing bisected in passes of its own": Saving(
@@ -227,6 +291,12 @@ SAVINGS: dict[str, Saving] = {
     ),
     "attack passes in single precision": Saving(
         "longer where they are in another one (CUDA, AMX)", {}, _single, _is_single
+    ),
+    "no deep supervision heads in passes that only give the Dice": Saving(
+        "under 1 %: 1 x 1 convolutions of small maps", {}, _no_heads, _has_no_heads
+    ),
+    "attack passes climb the loss of the full resolution alone": Saving(
+        "some %: no heads and losses of small maps", {}, partial(_no_heads, also_ascents=True), _has_no_heads
     ),
     "no CUDA graphs": Saving(
         "longer: the GPU waits for Python with few samples left", {}, _without_graphs, _has_no_graphs

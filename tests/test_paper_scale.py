@@ -505,6 +505,30 @@ def test_ima_in_single_precision_is_ima_but_for_that(tmp_path):
     assert {**one.settings, "attack_precision": "single"} == other.settings
     pipeline = Pipeline(tmp_path, "plans", paper_scale.SMALL.network, "cpu")
     assert len({pipeline.key(method) for method in made}) == len(made)
+    # By this name its parts of before go on.
+    assert pipeline.key(other) == "IMA_single"
+
+
+def test_what_the_small_scale_sets_otherwise_can_be_asked_for_as_published(tmp_path):
+    names = ("SAT", "SAT-eps15", "TE", "TE-weight300")
+    options = options_of("--methods", *names, "--scale", "small", "--repetitions", "1")
+    made = {method.title: method for method, _ in paper_scale.methods(options, paper_scale.SMALL)}
+    assert list(made) == list(names)
+    for name, differs in (("SAT-eps15", {"epsilon": 15.0}), ("TE-weight300", {"te_weight": 300.0})):
+        usual = made[name.partition("-")[0]]
+        assert made[name].trainer == usual.trainer
+        assert made[name].settings == {**usual.settings, **differs}
+        assert made[name].settings != usual.settings
+    pipeline = Pipeline(tmp_path, "plans", paper_scale.SMALL.network, "cpu")
+    assert len({pipeline.key(method) for method in made.values()}) == len(made)
+
+
+@pytest.mark.parametrize("scale", [name for name in paper_scale.SCALES if name != "small"])
+def test_a_variant_that_a_scale_has_anyhow_is_refused(scale, capsys):
+    with pytest.raises(SystemExit) as ended:
+        options_of("--methods", "SAT", "SAT-eps15", "--scale", scale)
+    assert ended.value.code == 2
+    assert f"--methods SAT-eps15: at the scale {scale} that is SAT as it is; leave it out." in capsys.readouterr().err
 
 
 @given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 6))
@@ -599,7 +623,7 @@ def test_a_part_without_any_repetition_is_refused(arguments, capsys):
 @pytest.mark.parametrize("scale", list(paper_scale.SCALES))
 def test_a_spell_of_one_epoch_is_not_lost(scale):
     """A checkpoint every five epochs was never reached in spells that are shorter than five epochs."""
-    options = options_of("--methods", *paper_scale.METHODS, paper_scale.SINGLE, "--scale", scale)
+    options = options_of("--methods", *paper_scale.METHODS, *paper_scale.SCALES[scale].variants, "--scale", scale)
     for method, _ in paper_scale.methods(options, paper_scale.SCALES[scale]):
         assert method.settings["save_every"] == 1
 

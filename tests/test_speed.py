@@ -8,6 +8,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -514,6 +515,84 @@ def test_a_step_without_one_of_imas_savings_asks_what_its_name_says(ground, monk
     assert found[ONE_BY_ONE][1][-halvings * crossed :] == [1] * halvings * crossed
     assert set(found["IMA"][0]) == {1}
     assert found[WEIGHTS][0] == [1 + tensors] * len(found["IMA"][0])
+
+
+NO_HEADS = "no deep supervision heads in passes that only give the Dice"
+FULL_ONLY = "attack passes climb the loss of the full resolution alone"
+HALVED = "10 ascents instead of 20, steps halved on the way"
+
+
+def test_long_steps_come_first_and_are_halved_twice():
+    assert [speed_savings.halved(step, 10) for step in range(10)] == [2.0] * 4 + [1.0] * 3 + [0.5] * 3
+    assert [speed_savings.halved(step, 2) for step in range(2)] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("configuration", ["2d_tiny"])
+def test_halved_steps_are_steps_of_their_length(ground, monkeypatch):
+    """And where none is longer or shorter, the attack is that of the fewer ascents."""
+    fewer = "10 ascents instead of 20"
+    monkeypatch.setattr(speed_savings, "SAVINGS", {name: speed_savings.SAVINGS[name] for name in (fewer, HALVED)})
+    inner = speed_savings.make
+    monkeypatch.setattr(speed_savings, "make", lambda *args, **settings: inner(*args, **{**settings, **TINY}))
+    asked: list[float] = []
+    ascend = speed_savings.ascend
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        asked.append(arguments[-1])
+        return ascend(*arguments)
+
+    monkeypatch.setattr(speed_savings, "ascend", noted)
+    rows = {row["change"]: row for row in speed_savings.measure_savings(ground, CPU, 1, 0, "")["rows"]}
+    strength = ("loss", "distance", "margin")
+    assert [rows[HALVED][key] for key in strength] != pytest.approx([rows[fewer][key] for key in strength], abs=1e-4)
+    # 4 / K is 0.4; each attack begins anew.
+    assert asked[:4] == pytest.approx([0.8] * 4)
+    assert set(asked) == {0.8, 0.4, 0.2}
+    monkeypatch.setattr(speed_savings, "HALVED", (1.0, 1.0, 1.0))
+    rows = {row["change"]: row for row in speed_savings.measure_savings(ground, CPU, 1, 0, "")["rows"]}
+    assert [rows[HALVED][key] for key in strength] == pytest.approx([rows[fewer][key] for key in strength], abs=1e-4)
+
+
+@pytest.mark.parametrize("configuration", ["2d_tiny"])
+def test_without_heads_an_attack_asks_for_the_full_resolution_alone(ground):
+    heads: dict[str, int] = {}
+    with speed_trainers.at_work(ground):
+        for name in ("IMA", NO_HEADS, FULL_ONLY):
+            single = {**TINY, "attack_precision": "single"}
+            trainer = speed_trainers.make(speed_trainers.KINDS["IMA"], ground, CPU, **single)
+            change = speed_savings.SAVINGS[name].change if name != "IMA" else None
+            if change is not None:
+                change(trainer)
+            batch = next(trainer.dataloader_train)
+            images, targets = batch["data"], list(batch["target"])
+            network, index = trainer.bare_network, torch.arange(len(images))
+            calls: list[str] = []
+            note = partial(lambda noted, *_: noted.append("a head"), calls)
+            hooks = [head.register_forward_hook(note) for head in network.decoder.seg_layers]
+            with undisturbed(network):
+                oracle = trainer.attack_oracle(targets, trainer.sample_loss, trainer.criterion)
+                found = oracle.ascent(images, index)
+                heads[f"{name}, ascent"] = len(calls)
+                assert torch.equal(oracle.dice(images, index), found.dice)
+                heads[f"{name}, dice"] = len(calls) - heads[f"{name}, ascent"]
+                assert network.decoder.deep_supervision
+                clean = images.clone().requires_grad_(True)
+                outputs = network(clean)
+                outputs = outputs[0] if name == FULL_ONLY else outputs
+                (gradient,) = torch.autograd.grad(trainer.sample_loss(outputs, targets).sum(), clean)
+                torch.testing.assert_close(found.gradient, gradient, rtol=1e-4, atol=1e-7)
+            for hook in hooks:
+                hook.remove()
+    several = heads["IMA, ascent"]
+    assert several > 1
+    assert heads == {
+        "IMA, ascent": several,
+        "IMA, dice": several,
+        f"{NO_HEADS}, ascent": several,
+        f"{NO_HEADS}, dice": 1,
+        f"{FULL_ONLY}, ascent": 1,
+        f"{FULL_ONLY}, dice": 1,
+    }
 
 
 class Noting(torch.nn.Module):

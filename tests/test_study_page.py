@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import paper_scale
 import study_page
 from rows_of_studies import ATTACK, LEVELS, NOISE, a_result, a_row, an_evaluation
-from study_results import _evaluation, _training, table
+from study_results import ORDER, _evaluation, _training, table
 
 from nnunet_ima.evaluation.pipeline import Attacks
 from nnunet_ima.settings import KEY
@@ -115,14 +117,26 @@ def test_a_method_is_doubted_if_any_of_its_runs_is():
 
 def test_methods_stand_in_one_order_in_every_table():
     """Whichever came first, and whichever lacks something."""
+    mixed = ("ours", "TE-weight300", "TE", "IMA-single", "SAT-eps15", "SAT", "STD", "TRADES", "IMA")
     rows = [a_row(method, 0, sound_l2=an_evaluation("sound_l2", 0.9, [0.2, 0.1, 0.0]),
                   sound_linf=an_evaluation("sound_linf", 0.9, [0.5]) if method != "IMA" else None)
-            for method in ("ours", "TE", "IMA-single", "SAT", "STD", "TRADES", "IMA")]  # fmt: skip
+            for method in mixed]  # fmt: skip
     rows.append(a_row("IMA", 1, sound_linf=an_evaluation("sound_linf", 0.9, [0.5])))
     text = table(a_result(rows, dataset="Spleen"))
     for heading in (f"`{ATTACK}`, protocol `sound`, L2", f"`{ATTACK}`, protocol `sound`, Linf"):
         found = [name.partition(",")[0] for name in lines_of(text, heading)]
-        assert found == ["method", "---", "STD", "IMA", "IMA-single", "SAT", "TRADES", "TE", "ours"]
+        assert found == ["method", "---", *ORDER, "ours"]
+
+
+def test_every_method_has_its_place_and_its_colour():
+    methods = {*paper_scale.METHODS, *paper_scale.VARIANTS}
+    assert sorted(ORDER) == sorted(methods)
+    assert set(study_page.COLOURS) == methods
+    assert len(set(study_page.COLOURS.values())) == len(methods)
+    # A variant stands behind what it is a variant of.
+    assert [name for name in ORDER if name in paper_scale.METHODS] == ["STD", "IMA", "SAT", "TRADES", "TE"]
+    for before, name in pairwise(ORDER):
+        assert name in paper_scale.METHODS or before == name.partition("-")[0]
 
 
 @given(st.lists(shares, min_size=1, max_size=4))
