@@ -28,6 +28,7 @@ from nnunet_ima.evaluation.identity import read_sealed, refuse_different, sealed
 from nnunet_ima.evaluation.locks import alone
 from nnunet_ima.evaluation.metrics import Segmentation, nan_mean
 from nnunet_ima.evaluation.models import TrainedModel
+from nnunet_ima.evaluation.normalisation import normalisation_of, scale_of
 from nnunet_ima.evaluation.outcomes import CLEAN, Condition
 from nnunet_ima.evaluation.protocols import Protocol, parse_level
 from nnunet_ima.evaluation.records import Records
@@ -37,6 +38,7 @@ from nnunet_ima.evaluation.scans import beyond_range, perturb_scan
 from nnunet_ima.files import write_text
 from nnunet_ima.lp import Norm
 from nnunet_ima.overlap import Place
+from nnunet_ima.units import short
 
 FILE, LOCK = "attack.json", ".lock"
 SCHEMA = "nnunet_ima/attack/4"
@@ -63,8 +65,9 @@ class PerturbedCase:
         dice_before, dice_after: of what ``nnUNetv2_predict`` finds in the scan and in the perturbed one, mean of the
             classes; None if no class is there or was found.
         dice_in_evaluation: what ``nnunet_ima evaluate`` reports for the case, without the way back to a file.
-        largest_tile_norm: of the tiles that were attacked, in the norm of the attack, z-scores.
-        preprocessed: of the perturbation put together, in z-scores.
+        largest_tile_norm: of the tiles that were attacked, in the norm of the attack and the unit of the network's
+            input: z-scores, unless the plans normalise otherwise.
+        preprocessed: of the perturbation put together, in that unit.
         scan: of the perturbation of the scan, in its intensities.
         beyond_range: by how much the written scan leaves the range of the raw one, in its intensities.
         lost: how far what the network sees of the written scan is from what was attacked (L2), as a share of the
@@ -143,11 +146,11 @@ def attack_scans(
         model, protocol, [choice], [strength], None, size, seed, device, DiceCriterion(labels=model.labels),
         progress=progress,
     )  # fmt: skip
-    identity = identify(evaluation, [], evaluation.chunk)
+    identity, scale = identify(evaluation, [], evaluation.chunk), scale_of(normalisation_of(model))
     _finished(output, identity, cases)  # what is no folder for this gets no lock either
     head = {
         "schema": SCHEMA, "model": model.describe(), "attack": attack, "norm": norm, "level": level, "seed": seed,
-        "unit": protocol.unit, "range": protocol.range, "command": command, "versions": versions(),
+        "unit": protocol.unit_in(scale), "range": protocol.range_in(scale), "command": command, "versions": versions(),
         "identity": identity,
     }  # fmt: skip
     with _at_work_alone(output), tempfile.TemporaryDirectory() as folder:
@@ -169,9 +172,10 @@ def _note(output: Path, head: Mapping[str, Any], done: Mapping[str, PerturbedCas
     write_text(output / FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def table(found: Sequence[PerturbedCase]) -> str:
+def table(found: Sequence[PerturbedCase], model: TrainedModel) -> str:
     """For people."""
-    columns = ["case", "Dice before", "after", "in evaluate", "L2 (z-scores)", "lost (%)", "L2 (scan)"]
+    unit = short(scale_of(normalisation_of(model)))
+    columns = ["case", "Dice before", "after", "in evaluate", f"L2 ({unit})", "lost (%)", "L2 (scan)"]
     columns += ["largest change (scan)"]
     leaves = any(one.beyond_range for one in found)
     columns += ["beyond range (scan)"] if leaves else []

@@ -32,7 +32,8 @@ class Case:
 
     Attributes:
         name: nnU-Net's identifier.
-        image: (C, Z, Y, X) of float32, z-scores; for a cascade with the one-hot channels of the previous stage.
+        image: (C, Z, Y, X) of float32, normalised as the plans say; for a cascade with the one-hot channels of the
+            previous stage.
         target: (1 or R, Z, Y, X), as nnU-Net's validation loader makes it.
         fixed: (C, Z, Y, X) of bool: padding and one-hot channels, which no perturbation of a scan can reach; and what
             lies outside of the scan's nonzero region, if the plans normalise within that: where a scan is no longer

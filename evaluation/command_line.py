@@ -277,7 +277,7 @@ def _attack(options: argparse.Namespace) -> int:
         model, options.attack, options.norm, options.level, options.cases, options.output, device, options.seed,
         command, batch_size=options.batch_size,
     )  # fmt: skip
-    print(table(found))
+    print(table(found, model))
     print(f"Written to {options.output}; nnUNetv2_predict -i {options.output / 'images'} ... predicts the images")
     return 0
 

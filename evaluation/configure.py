@@ -20,8 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import find_trainer, nnunet_folder
-from nnunet_ima.evaluation.models import read_json
-from nnunet_ima.files import write_text
+from nnunet_ima.files import read_json, write_text
 from nnunet_ima.settings import KEY, Configured, explain, validate
 
 

@@ -12,7 +12,7 @@ from nnunet_ima.evaluation.hardware import hardware
 from nnunet_ima.evaluation.identity import digest
 from nnunet_ima.evaluation.metrics import Region
 from nnunet_ima.evaluation.normalisation import normalisation_of, scale_of
-from nnunet_ima.evaluation.provenance import exported_from
+from nnunet_ima.provenance import exported_from
 
 if TYPE_CHECKING:
     from nnunet_ima.evaluation.models import TrainedModel

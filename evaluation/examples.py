@@ -23,7 +23,7 @@ class Example:
     Attributes:
         case, tile: which sample.
         dice_before, dice_after: of the whole sample.
-        image, perturbed: (H, W) of float32, z-scores.
+        image, perturbed: (H, W) of float32, as the network sees them.
         target, before, after: (F, H, W) of bool, foreground of the reference and of both predictions.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import shutil
@@ -22,9 +21,9 @@ from nnunet_ima.checkpoints import safe_load, started_from_unknown
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.configure import check_name
 from nnunet_ima.evaluation.environment import our_trainers_too, versions
-from nnunet_ima.evaluation.models import load_model, read_json
-from nnunet_ima.evaluation.provenance import PROVENANCE, exported_from
-from nnunet_ima.files import write_text
+from nnunet_ima.evaluation.models import load_model
+from nnunet_ima.files import read_json, sha256_of, write_text
+from nnunet_ima.provenance import PROVENANCE, exported_from
 from nnunet_ima.settings import KEY
 
 STOCK = "nnUNetTrainer"
@@ -175,7 +174,7 @@ def _logits(folder: Path, fold: Path, checkpoint_name: str, device: torch.device
 
 
 def _provenance_of(source: Path, exported: Path) -> dict[str, Any]:
-    checkpoint, sha256 = safe_load(source), _sha256(source)
+    checkpoint, sha256 = safe_load(source), sha256_of(source)
     ours = checkpoint["init_args"].get(KEY, {})
     described = {key: ours[key] for key in ("nnunet_ima", "settings", "origins", "training_cases") if key in ours}
     described["started_from_unknown"] = started_from_unknown(checkpoint)
@@ -184,10 +183,6 @@ def _provenance_of(source: Path, exported: Path) -> dict[str, Any]:
     return {
         "fold": source.parent.name,
         "checkpoint": source.name,
-        "sha256": {"hardened": sha256, "exported": _sha256(exported)},
+        "sha256": {"hardened": sha256, "exported": sha256_of(exported)},
         "training": described if before is None else before.training,
     }
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

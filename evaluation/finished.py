@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -17,6 +16,7 @@ from nnunet_ima.evaluation.evaluate import read_fold
 from nnunet_ima.evaluation.identity import read_run, refuse_different
 from nnunet_ima.evaluation.protocols import read_levels
 from nnunet_ima.evaluation.results import read_summary
+from nnunet_ima.files import sha256_of
 
 
 def is_finished(folder: Path, command: Sequence[str]) -> bool:
@@ -122,4 +122,4 @@ def _weights(checkpoint: Path) -> dict[str, str]:
 
 @cache
 def _digest(file: Path, _changed: int, _size: int) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return sha256_of(file)

@@ -23,12 +23,12 @@ from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.configure import PlannedDataset, in_force, settings_of, write_plans
 from nnunet_ima.evaluation.environment import nnunet_folder, trainers_folder
 from nnunet_ima.evaluation.finished import begun_in, is_of_this
-from nnunet_ima.evaluation.models import Fold, read_json
+from nnunet_ima.evaluation.models import Fold
 from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.evaluation.results import read_if_whole
 from nnunet_ima.evaluation.steps import Steps, resume_options
 from nnunet_ima.evaluation.summary import UNLEARNED, UNLEARNED_NOTE, UNTRUSTED, UNTRUSTED_NOTE, nothing_learned
-from nnunet_ima.files import atomic_path, write_text
+from nnunet_ima.files import atomic_path, read_json, write_text
 from nnunet_ima.lp import Norm
 from nnunet_ima.settings import KEY, validate
 

@@ -13,6 +13,7 @@ from nnunet_ima.evaluation.ensembles import points_for_tvdi
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.identity import digest, read_run, refuse_different, write_identity
 from nnunet_ima.evaluation.locks import alone
+from nnunet_ima.evaluation.normalisation import scale_of
 from nnunet_ima.evaluation.outcomes import (
     CLAMP,
     CLEAN,
@@ -28,6 +29,7 @@ from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.evaluation.records import RECORDS, Records, options_of, part_folders
 from nnunet_ima.evaluation.summary import summarise, write_all
 from nnunet_ima.files import remove_leftovers
+from nnunet_ima.units import short
 
 NAMED = 3
 # In seconds. Tables and pictures take far less.
@@ -107,7 +109,8 @@ def _write(folder: Path, outcomes: Sequence[Outcome], summary: dict[str, Any]) -
     # The panel shows the condition that took most Dice off the samples.
     strongest = min(outcomes[1:], key=lambda o: sum(score.dice for score in o.samples))
     if strongest.worst:
-        draw_worst(strongest, summary["classes"], folder / "worst_samples.png")
+        unit = short(scale_of(summary.get("normalisation")))
+        draw_worst(strongest, summary["classes"], unit, folder / "worst_samples.png")
 
 
 def conditions_of(identity: Mapping[str, Any]) -> list[Condition]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import inspect
-import json
 import pydoc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from nnunet_ima.checkpoints import noted_settings, noted_training_cases, safe_lo
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.environment import find_trainer, nnunet_folder
 from nnunet_ima.evaluation.normalisation import intensities_of
+from nnunet_ima.files import read_json, sha256_of
 from nnunet_ima.labels import Labels
 
 Fold = int | str
@@ -147,7 +146,7 @@ def load_model(folder: Path, fold: Fold, checkpoint_name: str, device: torch.dev
         folder=folder,
         fold=fold,
         checkpoint=file,
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        sha256=sha256_of(file),
         trainer=trainer,
         network=network.to(device).eval(),
         plans=plans,
@@ -174,23 +173,6 @@ def _logged_margins(checkpoint: Mapping[str, Any]) -> dict[str, list[float]]:
         if isinstance(curve, list)
     }
     return {name: curve for name, curve in numbers.items() if curve}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file of nnU-Net.
-
-    Raises:
-        UserError: it is missing or no JSON table.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; the folder it should be in is not complete.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no valid JSON ({error}); restore it.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON table; restore it.")
-    return content
 
 
 def _checkpoint_file(folder: Path, fold: Fold, checkpoint_name: str) -> Path:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_ima.units import NORMALISED, Z_SCORE, unit_of
+
 if TYPE_CHECKING:
     from nnunet_ima.evaluation.models import TrainedModel
 
-Z_SCORE = "ZScoreNormalization"
-Z_SCORES = "z-scores"
 # These take all that they need from the scan itself; any other may use the training cases' intensities, as CT's does.
 _OF_THE_SCAN = (Z_SCORE, "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
 _INTENSITIES = ("mean", "std", "percentile_00_5", "percentile_99_5")
@@ -48,9 +48,8 @@ def scale_of(noted: Mapping[str, Any] | None) -> str:
         noted: see :func:`normalisation_of`; None of a run that does not tell.
     """
     if noted is None:
-        return "units of the normalised scan (how it was normalised is not noted)"
-    schemes = list(dict.fromkeys(noted["normalization_schemes"]))
-    return Z_SCORES if schemes == [Z_SCORE] else f"units of the normalised scan ({', '.join(schemes)})"
+        return f"{NORMALISED} (how it was normalised is not noted)"
+    return unit_of(noted["normalization_schemes"])
 
 
 def in_words(noted: Mapping[str, Any]) -> str:

@@ -59,15 +59,18 @@ def draw_dice_against_level(summary: Mapping[str, Any], file: Path) -> None:
         _save(figure, file)
 
 
-def draw_worst(outcome: Outcome, classes: Sequence[str], file: Path) -> None:
-    """The samples of ``outcome`` that lost most Dice: image, perturbed image, perturbation, contours of ``classes``."""
+def draw_worst(outcome: Outcome, classes: Sequence[str], unit: str, file: Path) -> None:
+    """The samples of ``outcome`` that lost most Dice: image, perturbed image, perturbation, contours of ``classes``.
+
+    ``unit`` is that of the network's input, in words.
+    """
     examples = outcome.worst
     with plt.style.context(STYLE):
         figure, rows = plt.subplots(
             len(examples), 5, figsize=(13, 2.9 * len(examples) + 0.8), dpi=110, squeeze=False, layout="constrained"
         )
         for axes, example in zip(rows, examples, strict=True):
-            _draw_example(axes, example)
+            _draw_example(axes, example, unit)
         level = f" at {outcome.level.text}" if outcome.level else ""
         figure.suptitle(f"Samples that lost most Dice under {outcome.attack}{level}")
         handles = [Line2D([], [], color=c, label=t) for c, t in
@@ -78,7 +81,7 @@ def draw_worst(outcome: Outcome, classes: Sequence[str], file: Path) -> None:
         _save(figure, file)
 
 
-def _draw_example(axes: Sequence[Axes], example: Example) -> None:
+def _draw_example(axes: Sequence[Axes], example: Example, unit: str) -> None:
     image, perturbed = example.image, example.perturbed
     truth, before, after = example.target, example.before, example.after
     difference = perturbed - image
@@ -86,7 +89,7 @@ def _draw_example(axes: Sequence[Axes], example: Example) -> None:
     for one, pixels in zip(axes, (image, perturbed, difference, image, perturbed), strict=True):
         if pixels is difference:
             shown = one.imshow(pixels, cmap="RdBu_r", vmin=-largest, vmax=largest)
-            plt.colorbar(shown, ax=one, fraction=0.046, label="z-scores")
+            plt.colorbar(shown, ax=one, fraction=0.046, label=unit)
         else:
             one.imshow(pixels, cmap="gray", vmin=float(image.min()), vmax=float(image.max()))
         one.set_xticks([])

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.normalisation import Z_SCORES
 from nnunet_ima.lp import Norm
 from nnunet_ima.threat import ThreatModel
 
@@ -41,16 +40,6 @@ class Protocol:
 
     name: ProtocolName
     norm: Norm
-
-    @property
-    def range(self) -> str:
-        """The range of a perturbed image, in words, where all channels are z-scored."""
-        return self.range_in(Z_SCORES)
-
-    @property
-    def unit(self) -> str:
-        """The unit of a level, in words, where all channels are z-scored."""
-        return self.unit_in(Z_SCORES)
 
     def range_in(self, scale: str) -> str:
         """The range of a perturbed image, in words; ``scale`` is the unit of the network's input."""

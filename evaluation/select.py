@@ -20,11 +20,11 @@ from nnunet_ima.evaluation.attack_choice import parse_attack
 from nnunet_ima.evaluation.environment import choose_device
 from nnunet_ima.evaluation.evaluate import Request, evaluate, read_fold
 from nnunet_ima.evaluation.finished import begun_in, digest_of, is_of_this
-from nnunet_ima.evaluation.models import load_model, read_json
+from nnunet_ima.evaluation.models import load_model
 from nnunet_ima.evaluation.protocols import parse_level
 from nnunet_ima.evaluation.results import read_if_whole, read_summary
 from nnunet_ima.evaluation.summary import UNLEARNED, UNLEARNED_NOTE, UNTRUSTED, UNTRUSTED_NOTE, nothing_learned
-from nnunet_ima.files import atomic_path, write_text
+from nnunet_ima.files import atomic_path, read_json, write_text
 from nnunet_ima.settings import KEY
 
 SELECTED = "checkpoint_selected.pth"

@@ -177,7 +177,8 @@ def _head(
     return {
         "model": model,
         "protocol": {
-            "name": protocol.name, "norm": protocol.norm, "range": protocol.range, "unit": protocol.unit,
+            "name": protocol.name, "norm": protocol.norm, "range": protocol.range_in("z-scores"),
+            "unit": protocol.unit_in("z-scores"),
         },
         "criterion": {"dice_threshold": 0.6, "dice_reduction": "mean"},
         "classes": list(classes),

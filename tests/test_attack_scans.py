@@ -205,6 +205,24 @@ def test_a_ct_scan_is_undone_where_it_is_not_clipped(model, tmp_path):
     assert np.median(difference[difference != 0]) == pytest.approx(25.0, rel=1e-3)
 
 
+def test_of_a_ct_scan_nothing_is_called_z_scores(small, tmp_path, capsys):
+    def as_ct(plans: dict[str, Any]) -> None:
+        for configuration in plans["configurations"].values():
+            if "normalization_schemes" in configuration:
+                configuration["normalization_schemes"] = ["CTNormalization"]
+
+    for folder, unit in ((small.folder, "z-scores"), (tmp_path / "ct", "units of the normalised scan")):
+        ct = small if folder == small.folder else with_plans(small, folder, as_ct)
+        name, output = ValidationCases(ct).names[0], tmp_path / f"out {unit}"
+        capsys.readouterr()
+        assert main(["attack", "-device", "cpu", "-m", str(folder), "--level", "1", "--attack", "pgd:steps=1",
+                     "--cases", name, "-o", str(output)]) == 0  # fmt: skip
+        assert f"| L2 ({unit}) |" in capsys.readouterr().out
+        named = read(output / "attack.json")["unit"].partition(",")[0].partition(" (")
+        assert named[0] == unit
+        assert named[2] == ("CTNormalization)" if ct is not small else "")
+
+
 # ---- bad input
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from nnunet_project import PLANS, command_environment, quiet, read, write
+from nnunet_project import PLANS, command_environment, make_trainer, quiet, read, write
 
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.evaluation import export
@@ -23,6 +23,7 @@ from nnunet_ima.evaluation.models import load_model
 from nnunet_ima.evaluation.protocols import Protocol
 from nnunet_ima.evaluation.run import Evaluation
 from nnunet_ima.settings import KEY
+from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
 
 
 @pytest.fixture(params=["2d", "3d"])
@@ -227,6 +228,25 @@ def test_an_export_of_before_counts_as_of_unknown_weights_only_where_no_cases_ar
     provenance["folds"][0]["training"] = {}
     write(exported / PROVENANCE, provenance)
     assert known_of(exported) == (False, False, False)
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+@pytest.mark.parametrize("export", [False, True])
+def test_a_training_that_starts_from_a_model_knows_all_that_it_learned_from(
+    project, results, noting, tmp_path, monkeypatch, unknown, export
+):
+    """Also if it was exported, and says nothing itself; and whether nobody knows what it learned from."""
+    folder = noting(training_cases=["foreign"], started_from_unknown=unknown)
+    folder = exported_of(folder, tmp_path / "out") if export else folder
+    # As people give it from there.
+    monkeypatch.chdir(folder / "fold_0")
+    trainer = make_trainer(project, nnUNetTrainerSTD, start_from="checkpoint_final.pth")
+    with quiet():
+        trainer.on_train_start()
+    noted = trainer.described()
+    assert noted["started_from_unknown"] is unknown
+    own = trainer._cases_of(trainer.dataloader_train)
+    assert set(noted["training_cases"]) == {"foreign", *own}
 
 
 def test_a_stock_model_stays_what_it_is(stock_2d, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.text import Text
 
-from nnunet_ima.evaluation import pictures
+from nnunet_ima.evaluation import merge, pictures
 from nnunet_ima.evaluation.examples import Example
 from nnunet_ima.evaluation.merge import examples_of
 from nnunet_ima.evaluation.outcomes import (
@@ -80,6 +80,25 @@ def example_of(score: SampleScore) -> Example:
     return Example(*score.sample, score.clean_dice, score.dice, image, image, masks, masks, masks)
 
 
+@pytest.mark.parametrize(
+    ("normalisation", "unit"),
+    [({"normalization_schemes": ["ZScoreNormalization"]}, "z-scores"),
+     ({"normalization_schemes": ["CTNormalization"]}, "units of the normalised scan"),
+     (None, "units of the normalised scan")],
+)  # fmt: skip
+def test_the_picture_of_a_perturbation_is_in_the_unit_of_the_networks_input(tmp_path, monkeypatch, normalisation, unit):
+    """None: of a run that was begun before it was noted."""
+    score, drawn = score_of("case", 0, 100, 0.2), []
+    monkeypatch.setattr(pictures, "_save", lambda figure, _: drawn.append(figure))
+    monkeypatch.setattr(merge, "write_all", lambda *_: None)
+    monkeypatch.setattr(merge, "draw_dice_against_level", lambda *_: None)
+    outcome = Outcome("pgd", parse_level("5", "l2"), [score], worst=[example_of(score)])
+    noted = {} if normalisation is None else {"normalisation": normalisation}
+    merge._write(tmp_path, [outcome, outcome], {"classes": ["a"], **noted})
+    (figure,) = drawn
+    assert [axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"] == [unit]
+
+
 @pytest.mark.parametrize("name", ["a$b$c", r"$\frac$", "$", "a_b^c"])
 def test_names_stand_in_the_pictures_as_they_are(tmp_path, monkeypatch, name):
     """A dollar sign begins no formula: that would be drawn as something else, or not at all."""
@@ -88,7 +107,7 @@ def test_names_stand_in_the_pictures_as_they_are(tmp_path, monkeypatch, name):
     level = parse_level("5", "l2")
     score = score_of(name, 0, 100, 0.2)
     outcome = Outcome(f"pgd {name}", level, [score], worst=[example_of(score)])
-    pictures.draw_worst(outcome, [name], tmp_path / "worst.png")
+    pictures.draw_worst(outcome, [name], "z-scores", tmp_path / "worst.png")
     summary = {
         "results": [{"attack": name, "level": "5", "epsilon": 5.0, "tvdi": 0.5}], "clean": {"tvdi": 0.9},
         "criterion": {"dice_threshold": 0.6}, "protocol": {"unit": name, "name": "sound"},

@@ -286,6 +286,19 @@ def test_the_log_says_what_was_trained_and_how(finished):
     assert re.search(r"Robust Dice [01]\.\d{4}, geometric mean with the pseudo Dice [01]\.\d{4}", text)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "unit"), [("ZScoreNormalization", "z-scores"), ("CTNormalization", "units of the normalised scan")]
+)
+def test_margins_are_drawn_in_the_unit_of_the_networks_input(project, results, monkeypatch, scheme, unit):
+    drawn = []
+    monkeypatch.setattr("nnunet_ima.trainers.nnUNetTrainerIMA.draw_margins", lambda *asked: drawn.append(asked[2]))
+    trainer = make_trainer(project, nnUNetTrainerIMA, "2d_tiny", num_epochs=1, norm="linf", epsilon=0.1)
+    trainer.configuration_manager.configuration["normalization_schemes"] = [scheme]
+    with quiet():
+        trainer.run_training()
+    assert drawn == [f"Linf, {unit}"]
+
+
 @pytest.mark.parametrize("picture", ["progress.png", "margins.png"])
 def test_the_pictures_are_drawn(finished, picture):
     pixels = plt.imread(Path(finished.output_folder) / picture)[::20, ::20, :3]

@@ -28,10 +28,10 @@ from nnunet_ima.attack_losses import LossFunction
 from nnunet_ima.attack_strength import LEAST_STRENGTH, attack_strength
 from nnunet_ima.attacks.graphs import CudaGraphs
 from nnunet_ima.attacks.oracle import Oracle, undisturbed
-from nnunet_ima.checkpoints import safe_load, training_cases
+from nnunet_ima.checkpoints import safe_load, started_from_unknown, training_cases
 from nnunet_ima.dice import DiceCriterion
 from nnunet_ima.errors import UserError
-from nnunet_ima.files import atomic_path, remove_leftovers, write_text
+from nnunet_ima.files import atomic_path, remove_leftovers, sha256_of, write_text
 from nnunet_ima.fixed_patches import FixedPatches, fixed_patches
 from nnunet_ima.gradient_error import GradientError, gradient_error
 from nnunet_ima.labels import Labels
@@ -40,6 +40,7 @@ from nnunet_ima.lp import random_in_ball
 from nnunet_ima.margins import SampleId
 from nnunet_ima.precision import Autocast, faster_autocast, precision_of, training_autocast, use_exact_convolutions
 from nnunet_ima.primitives import keep_primitives
+from nnunet_ima.provenance import exported_from
 from nnunet_ima.robust_dice import RobustDice
 from nnunet_ima.settings import KEY, LENGTHS, SHARED, Configured, Origin, Plan, Settings, configure, validate
 from nnunet_ima.step_memory import StepMemory, name_of_gpu
@@ -210,10 +211,16 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                 f"({_one_line(error)}); use plans with its architecture."
             ) from error
         self.print_to_log_file(f"All weights, those of the output layers included, are taken from {file}.")
+        # Of an exported checkpoint, only the note beside the model says what it learned from before.
+        fold = file.absolute().parent
+        before = exported_from(fold.parent, fold.name.removeprefix("fold_"), sha256_of(file))
+        self._unknown_start = started_from_unknown(checkpoint) or (before is not None and before.started_from_unknown)
         if checkpoint["init_args"].get("plans", {}).get("dataset_name") == self.plans_manager.dataset_name:
             splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
             known = json.loads(splits.read_text(encoding="utf-8")) if splits.is_file() else []
             self._learned_before = training_cases(checkpoint, known, self._all_cases())
+            if before is not None and before.training_cases:
+                self._learned_before = before.training_cases
 
     def _all_cases(self) -> list[str]:
         dataset_class = self.dataset_class or infer_dataset_class(self.preprocessed_dataset_folder)

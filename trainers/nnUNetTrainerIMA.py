@@ -19,6 +19,7 @@ from nnunet_ima.settings import PERTURBATION, expected_visits
 from nnunet_ima.threat import ThreatModel
 from nnunet_ima.trainers.nnUNetTrainerAdversarial import Batch, Step, nnUNetTrainerAdversarial
 from nnunet_ima.training_log import Panel, draw_margins
+from nnunet_ima.units import short, unit_of
 
 HISTOGRAM_BINS = 30
 QUANTILES = (0.1, 0.5, 0.9)
@@ -203,7 +204,8 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         self._keep_snapshot()
         super().on_epoch_end()
         if self.local_rank == 0:
-            unit = f"{self.settings.norm.upper().replace('LINF', 'Linf')}, z-scores"
+            unit = short(unit_of(self.configuration_manager.normalization_schemes))
+            unit = f"{self.settings.norm.upper().replace('LINF', 'Linf')}, {unit}"
             file = Path(self.output_folder) / "margins.png"
             try:
                 draw_margins(self.histograms, self.settings.epsilon or 1.0, unit, file)

@@ -22,10 +22,9 @@ from nnunet_ima.evaluation.decathlon_study.tasks import GivenTask, find_tasks
 from nnunet_ima.evaluation.environment import default_device
 from nnunet_ima.evaluation.identity import differences as json_differences
 from nnunet_ima.evaluation.markdown import escaped
-from nnunet_ima.evaluation.models import read_json
 from nnunet_ima.evaluation.pipeline import PLANS, Attacks, Method, PlannedNetwork, SmallNetwork
 from nnunet_ima.evaluation.study import Job, Study, exclusive, run_jobs
-from nnunet_ima.files import write_text
+from nnunet_ima.files import read_json, write_text
 from nnunet_ima.settings import validate
 
 STEPS = ("convert", "plan", "train", "evaluate", "report")

@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_ima.errors import UserError
-from nnunet_ima.evaluation.models import read_json
+from nnunet_ima.files import read_json
 from nnunet_ima.settings import PAPER
 
 FOLDS = 5

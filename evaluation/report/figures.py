@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_ima.evaluation.metrics import Array, class_scores, nan_mean
-from nnunet_ima.evaluation.normalisation import Z_SCORES, in_words, scale_of
+from nnunet_ima.evaluation.normalisation import in_words, scale_of
 from nnunet_ima.evaluation.protocols import Protocol, ProtocolName
 from nnunet_ima.evaluation.report.attacks_run import other_definition, same_attack
 from nnunet_ima.evaluation.report.charts import COLOURS
@@ -35,6 +35,7 @@ from nnunet_ima.evaluation.statistics import (
 )
 from nnunet_ima.evaluation.summary import nothing_learned
 from nnunet_ima.lp import Norm
+from nnunet_ima.units import Z_SCORES
 
 # Noise says how a model fares by chance; what an attacker can do is said by the others.
 NOISE = "white-noise"

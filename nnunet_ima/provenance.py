@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_ima.evaluation.models import read_json
+from nnunet_ima.files import read_json
 
 PROVENANCE = "nnunet_ima_provenance.json"
 
