@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "study.md", ROOT / "docs" / "pictures"
 SCALES = ("paper", "small")
 COLOURS = {
-    "STD": "#d1495b", "IMA": "#00798c", "IMA-single": "#66b2c0", "SAT": "#edae49", "SAT-eps15": "#f4cf91",
+    "STD": "#d1495b", "IMA": "#00798c", "IMA-single": "#66b2c0", "IMA-no-noise": "#3f7cac",
+    "IMA-origin": "#95d9c3", "SAT": "#edae49", "SAT-eps15": "#f4cf91",
     "TRADES": "#6a4c93", "TE": "#5c946e", "TE-weight300": "#a9cbb4",
 }  # fmt: skip
 

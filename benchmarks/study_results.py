@@ -23,7 +23,9 @@ HISTOGRAM = "margin_histogram"
 QUANTILES = ("margin_10", "margin_50", "margin_90", "margin_mean", "visits_mean", "passes_per_sample")
 NORMS = {"l2": "L2", "linf": "Linf"}
 UNROUNDED = "single precision"
-ORDER = ("STD", "IMA", "IMA-single", "SAT", "SAT-eps15", "TRADES", "TE", "TE-weight300")
+ORDER = (
+    "STD", "IMA", "IMA-single", "IMA-no-noise", "IMA-origin", "SAT", "SAT-eps15", "TRADES", "TE", "TE-weight300",
+)  # fmt: skip
 # Of machines whose seconds can be compared; what else ran there differs anyhow.
 ALIKE = ("device", "processor", "cores", "threads", "workers", "compiled")
 

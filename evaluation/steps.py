@@ -165,16 +165,25 @@ def _program(name: str) -> str:
 
 
 def _watch(process: subprocess.Popen[bytes], log: Path, step: str, counted: str, total: int | None) -> None:
-    """Wait for the end of a step: a bar of its epochs, or of the percentage that its own bar shows."""
-    pattern = re.compile(rf"\b{re.escape(counted)}\d+") if counted else None
+    """Wait for the end of a step: a bar of its epochs, or of the percentage that its own bar shows.
+
+    In the log an epoch's number stands behind ``counted``.
+    """
+    pattern = re.compile(rf"\b{re.escape(counted)}(\d+)") if counted else None
     with tqdm(total=total or 100, desc=f"  {step}", unit="epoch" if total else "%", dynamic_ncols=True) as bar:
         while process.poll() is None:
             time.sleep(1.0)
             text = log.read_text(encoding="utf-8", errors="replace")
-            bar.n = min(len(pattern.findall(text)), bar.total) if pattern else _percentage(text)
+            bar.n = min(_begun(pattern, text), bar.total) if pattern else _percentage(text)
             bar.refresh()
         if process.returncode == 0:
             bar.n = bar.total
+
+
+def _begun(pattern: re.Pattern[str], text: str) -> int:
+    """How many epochs were begun, those before this start of a training included: the first one is number 0."""
+    numbers = pattern.findall(text)
+    return int(numbers[-1]) + 1 if numbers else 0
 
 
 def _percentage(text: str) -> int:

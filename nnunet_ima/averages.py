@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -126,10 +126,14 @@ class PredictionAverages:
         probabilities, has_average = self._divided(places, found, coordinates[None])
         return probabilities[0], has_average[0]
 
-    def changes(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Sums, weights and changed voxels of every case that was updated since the last merge, on the CPU."""
+    def changes(self, cases: Collection[str] | None = None) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Sums, weights and changed voxels of every case that was updated since the last merge, on the CPU.
+
+        Args:
+            cases: to look at; None for all.
+        """
         changes = {}
-        for case in self._cases_seen():
+        for case in self._cases_seen() if cases is None else set(self._cases_seen()) & set(cases):
             sums, weights = self._parts(case)
             changed = self._of(case, self._changed)
             if bool(changed.any()):

@@ -37,6 +37,7 @@ class Settings:
         step_factor: a step is ``step_factor`` · margin / K.
         bisections: halvings of the search for the boundary.
         boundary_search: ``path`` (Algorithm 2) or ``origin`` (Algorithm 3).
+        random_start: whether IMA's inner attack starts at noise, or at the sample itself, as Algorithm 2 is printed.
         dice_threshold: above it a segmentation is correct.
         dice_reduction: how the Dice of several classes is put together.
         beta: weight of IMA's perturbed loss, (1 − β) L0 + β L1; 0.5 in the paper.
@@ -64,6 +65,7 @@ class Settings:
     step_factor: float = 4.0
     bisections: int = 10
     boundary_search: BoundarySearch = "path"
+    random_start: bool = True
     dice_threshold: float = 0.6
     dice_reduction: Reduction = "mean"
     beta: float = 0.5
@@ -134,7 +136,16 @@ class _File:
         return isinstance(value, str) and bool(value.strip()) and "\0" not in value
 
 
-_ALLOWED: dict[str, _Number | _Choice | _File] = {
+@dataclass(frozen=True)
+class _Truth:
+    def __str__(self) -> str:
+        return "true or false"
+
+    def allows(self, value: object) -> bool:
+        return isinstance(value, bool)
+
+
+_ALLOWED: dict[str, _Number | _Choice | _File | _Truth] = {
     "norm": _Choice(NORMS),
     "epsilon": _Number(0, math.inf),
     "delta_epsilon": _Number(0, math.inf, low_is_allowed=False),
@@ -142,6 +153,7 @@ _ALLOWED: dict[str, _Number | _Choice | _File] = {
     "step_factor": _Number(0, math.inf, low_is_allowed=False),
     "bisections": _Number(1, 60, whole=True),
     "boundary_search": _Choice(BOUNDARY_SEARCHES),
+    "random_start": _Truth(),
     "dice_threshold": _Number(0, 1, high_is_allowed=False),
     "dice_reduction": _Choice(REDUCTIONS),
     "beta": _Number(0, 1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -13,6 +15,8 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from PIL import Image
 
 from nnunet_ima.files import atomic_path
+
+SECONDS_BETWEEN_PICTURES = 60.0
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,26 @@ class AdversarialLogger(LocalLogger):
     def __init__(self, panels: Sequence[Panel], verbose: bool = False) -> None:
         super().__init__(verbose)
         self.panels = panels
+        # Whether the picture is drawn however little time has passed, as after the last epoch.
+        self.draw_at_once = False
+        # Of pictures that were drawn.
+        self.drawn = 0
+        self._last = -math.inf
         for panel in panels:
             for key in panel.curves:
                 self.my_fantastic_logging.setdefault(key, [])
 
     def plot_progress_png(self, output_folder: str) -> None:
-        """Draw nnU-Net's picture, then add the panels below it."""
+        """Draw nnU-Net's picture, then add the panels below it; but if this was done less than a minute ago, wait.
+
+        It takes some seconds, and an epoch of the paper's trainings takes some seconds on a GPU.
+        """
+        if not self.draw_at_once and time.monotonic() - self._last < SECONDS_BETWEEN_PICTURES:
+            return
+        self._draw(output_folder)
+        self.drawn, self._last = self.drawn + 1, time.monotonic()
+
+    def _draw(self, output_folder: str) -> None:
         super().plot_progress_png(output_folder)
         if not self.panels:
             return

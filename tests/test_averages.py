@@ -165,6 +165,18 @@ def test_after_a_merge_all_ranks_hold_the_same_and_a_voxel_of_one_rank_is_that_r
     torch.testing.assert_close(merged[0][0][..., 2:4], both, atol=2e-3, rtol=0)
 
 
+@given(st.sets(st.sampled_from("abc")), st.sets(st.sampled_from("abcd")))
+def test_changes_of_some_cases_are_those_of_all_but_for_the_others(updated, asked):
+    averages = PredictionAverages(0.9, dict.fromkeys("abc", SHAPE), 2)
+    for case in sorted(updated):
+        averages.update(case, whole(), predictions(ord(case), 1)[0])
+    every, some = averages.changes(), averages.changes(asked)
+    assert set(every) == updated
+    assert set(some) == updated & asked
+    for case, parts in some.items():
+        assert all(torch.equal(mine, other) for mine, other in zip(parts, every[case], strict=True))
+
+
 @given(st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=4), st.integers(1, 4))
 def test_the_memory_that_is_announced_is_the_memory_that_is_taken(shapes, heads):
     cases = {str(i): shape for i, shape in enumerate(shapes)}

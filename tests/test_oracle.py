@@ -237,19 +237,10 @@ def test_gradients_under_bfloat16_point_where_those_in_single_precision_do():
         assert ((size > 0.95) & (size < 1.05)).all()
 
 
-class HalfPrecisionBackward(nn.Module):
-    """Rounds what flows back to half precision, as autocast does on a GPU; within ``low()`` only."""
+class SwitchedPrecision(nn.Module):
+    """A network that is another one within ``low()``."""
 
-    def __init__(self, network: nn.Module, overflow: bool = False) -> None:
-        super().__init__()
-        self.network, self.overflow, self.low_precision = network, overflow, False
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = self.network(images)
-        if self.low_precision and logits.requires_grad:
-            factor = 1e9 if self.overflow else 1.0
-            logits.register_hook(lambda gradient: (gradient * factor).half().float() / factor)
-        return logits
+    low_precision = False
 
     @contextmanager
     def low(self):
@@ -258,6 +249,21 @@ class HalfPrecisionBackward(nn.Module):
             yield
         finally:
             self.low_precision = False
+
+
+class HalfPrecisionBackward(SwitchedPrecision):
+    """Rounds what flows back to half precision, as autocast does on a GPU; within ``low()`` only."""
+
+    def __init__(self, network: nn.Module, overflow: bool = False) -> None:
+        super().__init__()
+        self.network, self.overflow = network, overflow
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.network(images)
+        if self.low_precision and logits.requires_grad:
+            factor = 1e9 if self.overflow else 1.0
+            logits.register_hook(lambda gradient: (gradient * factor).half().float() / factor)
+        return logits
 
 
 def test_gradients_of_large_images_do_not_underflow_in_half_precision():
@@ -283,6 +289,46 @@ def test_where_half_precision_overflows_the_gradient_is_that_of_single_precision
     rough = oracle_of(problem, network=network, autocast=network.low).ascent(problem.images, torch.arange(3))
     assert torch.isfinite(rough.gradient).all()
     assert torch.equal(rough.gradient, exact.gradient)
+
+
+class OverflowsFor(SwitchedPrecision):
+    """Within ``low()`` the gradient of images that begin with the mark overflows; notes how many images it is asked."""
+
+    MARK = 77.0
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.asked: list[tuple[bool, int]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.asked.append((self.low_precision, len(images)))
+        logits: Tensor = self.network(images)
+        if self.low_precision:
+            marked = images.detach().flatten(1)[:, 0] == self.MARK
+            factor = torch.where(marked, torch.inf, 1.0).reshape(-1, *[1] * (logits.ndim - 1))
+            logits.register_hook(lambda gradient: gradient * factor)
+        return logits
+
+
+@given(seeds, st.sets(st.integers(0, 6)), st.sampled_from([None, 1, 3, 4, 7]))
+def test_only_samples_that_overflow_are_repeated_in_passes_of_half_the_size(seed, marked, chunk):
+    """Single precision takes twice the memory; and no sample's numbers depend on which others are repeated."""
+    problem = make_problem("2d classes", seed, 7)
+    problem.images.flatten(1)[sorted(marked), 0] = OverflowsFor.MARK
+    network, index = OverflowsFor(problem.network), torch.arange(7)
+    exact = oracle_of(problem, network=network, chunk=chunk).ascent(problem.images, index)
+    network.asked.clear()
+    found = oracle_of(problem, network=network, chunk=chunk, autocast=network.low).ascent(problem.images, index)
+    for mine, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+    whole = [size for low, size in network.asked if low]
+    again = [size for low, size in network.asked if not low]
+    half = -(-(chunk or 7) // 2)
+    assert set(whole) == {chunk or 7}
+    assert set(again) <= {half}
+    runs = [range(start, min(start + (chunk or 7), 7)) for start in range(0, 7, chunk or 7)]
+    assert len(again) == sum(-(-len(marked & set(run)) // half) for run in runs)
 
 
 def test_where_the_callers_autocast_overflows_single_precision_answers():

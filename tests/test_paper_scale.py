@@ -37,6 +37,7 @@ from nnunet_ima.evaluation.pipeline import Attacks, Method, Pipeline
 from nnunet_ima.evaluation.records import Records
 from nnunet_ima.evaluation.report.published import published_levels
 from nnunet_ima.evaluation.study import Study
+from nnunet_ima.settings import validate
 
 MODELS = Path("nnUNet_results/Dataset004_Hippocampus")
 FOLD = MODELS / "nnUNetTrainerIMA__nnUNetPlans_glance__2d_glance_IMA" / "fold_0"
@@ -507,6 +508,17 @@ def test_ima_in_single_precision_is_ima_but_for_that(tmp_path):
     assert len({pipeline.key(method) for method in made}) == len(made)
     # By this name its parts of before go on.
     assert pipeline.key(other) == "IMA_single"
+
+
+@pytest.mark.parametrize("scale", list(paper_scale.SCALES))
+def test_ima_as_it_is_printed_can_be_asked_for_at_any_scale(scale):
+    names = {"IMA": {}, "IMA-no-noise": {"random_start": False}, "IMA-origin": {"boundary_search": "origin"}}
+    options = options_of("--methods", *names, "--scale", scale, "--repetitions", "1")
+    made = [method for method, _ in paper_scale.methods(options, paper_scale.SCALES[scale])]
+    for method, differs in zip(made, names.values(), strict=True):
+        assert method.settings == {**made[0].settings, **differs}
+        assert set(validate(method.settings, "here")) == set(method.settings)
+    assert [method.variant for method in made] == ["", "_no_noise", "_origin"]
 
 
 def test_what_the_small_scale_sets_otherwise_can_be_asked_for_as_published(tmp_path):

@@ -323,3 +323,29 @@ def test_plans_hold_a_small_configuration_a_method_and_where_it_starts_from(pipe
 )
 def test_the_bar_of_a_step_does_not_fall_back_when_its_table_is_printed(text, expected):
     assert _percentage(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", 0), ("Epoch time: 5 s", 0), ("Epoch 0\nEpoch time: 5 s\n", 1), ("\nEpoch 0 \nEpoch 1 \n", 2),
+     ("\n2026: Epoch 40 \n", 41), ("Epoch 40\nEpoch 41\n", 42)],
+)  # fmt: skip
+def test_the_bar_of_a_training_that_goes_on_begins_where_that_stopped(text, expected, tmp_path, monkeypatch):
+    shown = []
+
+    class Process:
+        returncode = 0
+        answers = iter([None, 0])
+
+        def poll(self) -> int | None:
+            return next(self.answers)
+
+    def refresh(bar: module.tqdm, **_: object) -> None:
+        shown.append(bar.n)
+
+    (tmp_path / "log").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(module.tqdm, "refresh", refresh)
+    module._watch(Process(), tmp_path / "log", "train", "Epoch ", 50)
+    assert expected in shown
+    assert set(shown) <= {0, expected, 50}

@@ -15,6 +15,7 @@ from nnunet_project import make_trainer, quiet, weights_of
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_trainers import started
 
+from nnunet_ima import training_log
 from nnunet_ima.attacks.pgd import PGD
 from nnunet_ima.errors import UserError
 from nnunet_ima.evaluation.metrics import tvdi
@@ -24,6 +25,29 @@ from nnunet_ima.settings import KEY
 from nnunet_ima.trainers.nnUNetTrainerIMA import nnUNetTrainerIMA
 from nnunet_ima.trainers.nnUNetTrainerSAT import nnUNetTrainerSAT
 from nnunet_ima.trainers.nnUNetTrainerSTD import nnUNetTrainerSTD
+
+
+@pytest.mark.parametrize(("seconds", "pictures"), [(1.0, 2), (59.0, 3), (61.0, 4)])
+def test_pictures_are_drawn_once_a_minute_and_after_the_last_epoch(project, results, monkeypatch, seconds, pictures):
+    """They take seconds; an epoch of the paper's trainings takes seconds on a GPU."""
+    now, drawn = [1000.0], {"progress": [], "margins": []}
+    monkeypatch.setattr(training_log.time, "monotonic", lambda: now[0])
+    trainer = started(project, nnUNetTrainerIMA, "2d_tiny", num_epochs=4, robust_every=0)
+    epoch = lambda *_: trainer.current_epoch  # noqa: E731
+    monkeypatch.setattr(training_log.AdversarialLogger, "_draw", lambda *_: drawn["progress"].append(epoch()))
+    monkeypatch.setattr("nnunet_ima.trainers.nnUNetTrainerIMA.draw_margins", lambda *_: drawn["margins"].append(1))
+    trainer.disable_checkpointing = True
+    for number in range(4):
+        with quiet():
+            for key in ("epoch_start_timestamps", "train_losses", "val_losses", "ema_fg_dice"):
+                trainer.logger.log(key, 0.5, number)
+            trainer.logger.log("dice_per_class_or_region", [0.5, 0.5], number)
+            trainer.histograms.append([1, 0])
+            trainer.on_epoch_end()
+        now[0] += seconds
+    assert drawn["progress"][0] == 0
+    assert drawn["progress"][-1] == 3
+    assert len(drawn["progress"]) == len(drawn["margins"]) == pictures
 
 
 def loader_of(trainer: Any) -> Any:

@@ -66,6 +66,8 @@ def paper_plan(dataset: str, patch_size: tuple[int, ...] = (56, 40)) -> Plan:
         ("bisections", 0, "a whole number at least 1 and at most 60"),
         ("bisections", 61, "a whole number at least 1 and at most 60"),
         ("boundary_search", "line", 'one of "path", "origin"'),
+        ("random_start", 1, "true or false"),
+        ("random_start", "false", "true or false"),
         ("dice_threshold", 1, "a number at least 0 and under 1"),
         ("dice_threshold", -0.1, "a number at least 0 and under 1"),
         ("dice_reduction", "median", 'one of "mean", "max", "min"'),

@@ -20,6 +20,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+from nnunet_ima.attacks.bpgd import generate_adversarial
 from nnunet_ima.evaluation.command_line import main
 from nnunet_ima.evaluation.environment import trainers_folder
 from nnunet_ima.evaluation.models import load_model
@@ -297,6 +298,36 @@ def test_margins_are_drawn_in_the_unit_of_the_networks_input(project, results, m
     with quiet():
         trainer.run_training()
     assert drawn == [f"Linf, {unit}"]
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+def test_the_inner_attack_starts_at_noise_of_the_margins_size_or_at_the_sample(
+    project, results, monkeypatch, random_start
+):
+    """With noise, as in the earlier version's Eq. 1; without, as the final version's Algorithm 2 is printed."""
+    started_at: list[torch.Tensor] = []
+    inner = generate_adversarial
+
+    def noted(*asked: Any, **more: Any) -> Any:
+        threat, images, start = asked[2:5]
+        radius = threat.radius(images).flatten()
+        wanted = torch.minimum((radius - 0.5).clamp_min(0.5), radius) if random_start else torch.zeros_like(radius)
+        # The patch's range may cut some of it off.
+        assert ((start - images).flatten(1).norm(dim=1) <= wanted * (1 + 1e-5)).all()
+        started_at.append((start - images).flatten(1).norm(dim=1) / radius)
+        return inner(*asked, **more)
+
+    monkeypatch.setattr("nnunet_ima.trainers.nnUNetTrainerIMA.generate_adversarial", noted)
+    trainer = started(
+        project, nnUNetTrainerIMA, "2d_tiny", epsilon=6.0, delta_epsilon=0.5, dice_threshold=0.0, robust_every=0,
+        random_start=random_start,
+    )  # fmt: skip
+    with quiet():
+        for _ in range(3):
+            trainer.train_step(next(trainer.dataloader_train))
+    share = torch.cat(started_at)
+    assert len(share)
+    assert bool((share > 0).all()) is random_start
 
 
 @pytest.mark.parametrize("picture", ["progress.png", "margins.png"])

@@ -19,6 +19,7 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -30,7 +31,7 @@ from nnunet_ima.attacks.graphs import CudaGraphs
 from nnunet_ima.attacks.oracle import Oracle, undisturbed
 from nnunet_ima.checkpoints import safe_load, started_from_unknown, training_cases
 from nnunet_ima.dice import DiceCriterion
-from nnunet_ima.errors import UserError
+from nnunet_ima.errors import UserError, is_out_of_memory
 from nnunet_ima.files import atomic_path, remove_leftovers, sha256_of, write_text
 from nnunet_ima.fixed_patches import FixedPatches, fixed_patches
 from nnunet_ima.gradient_error import GradientError, gradient_error
@@ -126,6 +127,7 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         self.all_panels = (*self.panels, *measured)
         self.logger.local_logger = AdversarialLogger(self.all_panels)
         # What is in force; put together in on_train_start, when the training cases are known.
+        self.device: torch.device
         self.configured: Configured
         self.settings: Settings
         self.criterion: DiceCriterion
@@ -307,6 +309,12 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             # All that the weights are known to have learned from, so that an evaluation knows.
             "training_cases": sorted(self._learned_before | self._cases_of(self.dataloader_train)),
         }
+
+    def on_train_end(self) -> None:
+        """As nnU-Net; CUDA graphs hold on to memory, which its final validation can use."""
+        super().on_train_end()
+        self._graphs = None
+        empty_cache(self.device)
 
     # ---- measured on fixed patches: precision, robust Dice
 
@@ -564,7 +572,35 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
     # ---- the step
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One step: the method's loss, then nnU-Net's backward pass, clipping and update."""
+        """One step: the method's loss, then nnU-Net's backward pass, clipping and update.
+
+        Where the memory is not enough beside CUDA graphs, these go, and the step is taken once more; what a method
+        keeps of a sample, as IMA its margin, may then move twice for this batch.
+        """
+        try:
+            return self._step(batch)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            # Other ranks would wait for this one in the middle of a step.
+            if not is_out_of_memory(error) or self._graphs is None or self.is_ddp:
+                raise
+        # Not in the handler: until it ends, the error holds on to all that the step had in memory.
+        self._give_up_graphs()
+        return self._step(batch)
+
+    def _give_up_graphs(self) -> None:
+        """Attack without CUDA graphs from now on, also when the training is continued."""
+        self._graphs, self._no_room = None, True
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if self._memory is not None:
+            # More than there is: that is what a step with graphs would have needed.
+            self._memory = self._memory.after(torch.cuda.get_device_properties(self.device).total_memory + 1)
+        self.print_to_log_file(
+            "The GPU's memory was not enough for a step beside CUDA graphs: attack passes run without them from now "
+            "on, which is slower."
+        )
+
+    def _step(self, batch: dict[str, Any]) -> dict[str, Any]:
         images = batch["data"].to(self.device, non_blocking=True)
         with _exit_with_sentence():
             _check_finite(images, batch["keys"])
@@ -612,6 +648,19 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
         return getattr(network, "_orig_mod", network)
 
     # ---- the log
+
+    def on_epoch_end(self) -> None:
+        """As nnU-Net; ``progress.png`` is drawn once a minute at most, and after the last epoch."""
+        logger = self.logger.local_logger
+        if isinstance(logger, AdversarialLogger):
+            logger.draw_at_once = self.current_epoch == self.num_epochs - 1
+        super().on_epoch_end()
+
+    @property
+    def pictures_drawn(self) -> int:
+        """How often ``progress.png`` was drawn so far."""
+        logger = self.logger.local_logger
+        return logger.drawn if isinstance(logger, AdversarialLogger) else 0
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log as nnU-Net does, then the method's own values, over all ranks."""
@@ -709,8 +758,16 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
             ) from error
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
-        """nnU-Net's, keeping the method's state for :meth:`on_train_start`."""
+        """nnU-Net's, keeping the method's state for :meth:`on_train_start`.
+
+        It is read into the CPU's memory, as TE's averages may be more than the GPU's; from there nnU-Net copies the
+        rest to the GPU.
+        """
+        device = self.device
         try:
+            if not self.was_initialized:
+                self.initialize()
+            self.device = torch.device("cpu")
             super().load_checkpoint(filename_or_checkpoint)
         except torch.OutOfMemoryError:
             raise
@@ -720,9 +777,11 @@ class nnUNetTrainerAdversarial(nnUNetTrainer):
                 f"network than it holds ({_one_line(error)}); restore the plans, or move it away to continue from an "
                 f"older one."
             ) from error
+        finally:
+            self.device = device
         self._resumed_from = str(filename_or_checkpoint)
         saved = self.my_init_kwargs.pop(KEY, None)
-        self._saved = _on_cpu(saved) if isinstance(saved, Mapping) and "state" in saved else None
+        self._saved = saved if isinstance(saved, dict) and "state" in saved else None
         if self._saved is not None and self._saved.get("trainer") != type(self).__name__:
             self._saved = None
         if isinstance(self.logger.local_logger, AdversarialLogger):
@@ -788,15 +847,6 @@ def _loader(augmenter: Any) -> Any:
 
 def _shapes(dataset: Any) -> dict[str, tuple[int, ...]]:
     return {str(case): tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
-
-
-def _on_cpu(value: Any) -> Any:
-    """Nested state with its tensors on the CPU; nnU-Net reads checkpoints onto the training's device."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, Mapping):
-        return {key: _on_cpu(part) for key, part in value.items()}
-    return value
 
 
 def _check_finite(images: Tensor, cases: Sequence[str]) -> None:

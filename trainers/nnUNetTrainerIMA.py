@@ -38,6 +38,7 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         "delta_epsilon",
         "bisections",
         "boundary_search",
+        "random_start",
         "beta",
         "snapshots",
     )
@@ -139,7 +140,9 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
         return found.images, found.crossed, int(oracle.forward_passes.sum())
 
     def _start_noise(self, images: Tensor, threat: ThreatModel) -> Tensor:
-        """Random noise of norm max(E − Δε, Δε), but never more than E."""
+        """Random noise of norm max(E − Δε, Δε), but never more than E; none without ``random_start``."""
+        if not self.settings.random_start:
+            return torch.zeros_like(images)
         radius = threat.radius(images)
         norm = torch.minimum((radius - self.margins.step).clamp_min(self.margins.step), radius)
         return random_on_sphere(images, threat.norm, norm, self.generator, threat.perturbable(images))
@@ -202,8 +205,9 @@ class nnUNetTrainerIMA(nnUNetTrainerAdversarial):
     def on_epoch_end(self) -> None:
         """As nnU-Net, but a snapshot comes before the checkpoint that knows of it; then the picture of margins."""
         self._keep_snapshot()
+        before = self.pictures_drawn
         super().on_epoch_end()
-        if self.local_rank == 0:
+        if self.local_rank == 0 and self.pictures_drawn > before:
             unit = short(unit_of(self.configuration_manager.normalization_schemes))
             unit = f"{self.settings.norm.upper().replace('LINF', 'Linf')}, {unit}"
             file = Path(self.output_folder) / "margins.png"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from nnunetv2.utilities.helpers import empty_cache
 from torch import Tensor
 from torch import distributed as dist
 
@@ -18,6 +18,7 @@ from nnunet_ima.coordinate_loader import CoordinateDataLoader
 from nnunet_ima.divergence import as_list, probabilities_of, squared_distance
 from nnunet_ima.errors import UserError
 from nnunet_ima.losses import Outputs, SegmentationLoss, first
+from nnunet_ima.memory_limit import memory_limit
 from nnunet_ima.settings import PERTURBATION
 from nnunet_ima.tile_loader import TileDataLoader
 from nnunet_ima.trainers.nnUNetTrainerAdversarial import Batch, Step
@@ -64,11 +65,12 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
         needed, saved = memory_bytes(shapes, heads), checkpoint_bytes(shapes, heads)
         # Each rank holds all of them; those on a GPU come into this memory, too, to be merged and saved.
         copies = dist.get_world_size() if self.is_ddp else 1
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = memory_limit()
         if copies * needed > MOST_MEMORY * memory:
             raise UserError(
                 f"TE keeps an average prediction of every training case, {copies * needed / 2**30:.1f} GiB for these; "
-                f"that is more than half of this machine's memory: train on fewer cases, or with another method."
+                f"that is more than half of the {memory / 2**30:.1f} GiB of memory of this machine or job: train on "
+                f"fewer cases, or with another method."
             )
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
         device = place_of_averages(needed, self.device, free)
@@ -128,8 +130,17 @@ class nnUNetTrainerTE(nnUNetTrainerSAT):
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Bring the ranks' averages together, then log."""
         if self.is_ddp:
-            self.averages.merge(self.from_all_ranks(self.averages.changes()))
+            # One case after the other: all at once, each rank would hold those of all ranks several times.
+            for case in sorted(self.training_shapes):
+                self.averages.merge(self.from_all_ranks(self.averages.changes([case])))
         super().on_train_epoch_end(train_outputs)
+
+    def on_train_end(self) -> None:
+        """As every training; then averages make room for nnU-Net's final validation, if they are on the GPU."""
+        super().on_train_end()
+        if self.averages.device.type != "cpu":
+            del self.averages
+            empty_cache(self.device)
 
     def method_state(self) -> dict[str, Any]:
         """The averages."""

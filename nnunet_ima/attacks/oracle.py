@@ -280,12 +280,26 @@ class Oracle:
         if not bool(bad.any()):
             return answer
         # Half precision overflowed: these samples, and no neighbour, get their answer in the images' own precision.
-        single = partial(single_precision, images.device)
-        again = Ascent(*(part[:real] for part in self._differentiate(loss, images, targets, single)))
-        if bool(_unusable(again)[bad].any()):
+        where = bad.nonzero()[:, 0]
+        again = self._in_single_precision(loss, images, targets, where)
+        if bool(_unusable(again).any()):
             # NaN logits read as class 0, and a step along such a gradient ends at an image of NaN: like a success.
             raise UserError("the network cannot be attacked: its loss, or the gradient, is NaN or infinite.")
-        return Ascent(*(torch.where(per_sample(bad, old), new, old) for old, new in zip(answer, again, strict=True)))
+        return Ascent(*(old.index_copy(0, where, new.to(old)) for old, new in zip(answer, again, strict=True)))
+
+    def _in_single_precision(self, loss: LossFunction, images: Tensor, targets: Outputs, where: Tensor) -> Ascent:
+        """Of the samples ``where`` of a pass, in passes of half its size, as these take twice the memory.
+
+        They are filled up, so that no sample's numbers depend on which others are repeated.
+        """
+        size, parts = -(-len(images) // 2), []
+        for start in range(0, len(where), size):
+            index = where[start : start + size]
+            missing = size - len(index)
+            some, theirs = _fill(images[index], missing), _take(targets, index, missing)
+            found = self._differentiate(loss, some, theirs, partial(single_precision, images.device))
+            parts.append(Ascent(*(part[: len(index)] for part in found)))
+        return Ascent(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _ask(self, kind: Hashable, question: Question, images: Tensor, targets: Outputs) -> tuple[Tensor, ...]:
         """The answer of a graph; what else it depends on belongs to its kind."""
