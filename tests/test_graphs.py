@@ -103,6 +103,29 @@ def test_a_question_is_captured_once_for_each_size(replayed):
     assert Replayed.captured == 3 * 4  # ascents, scores and Dice, at four sizes
 
 
+@pytest.mark.parametrize("first", [1, 5, 12])
+def test_all_sizes_of_a_question_are_captured_at_once_the_largest_first(replayed, monkeypatch, first):
+    """Smaller ones then find room in the memory that these took; the other way round nothing larger would."""
+    captured: list[tuple[int, bool]] = []
+
+    class Noting(Replayed):
+        def __init__(self, question: graphs.Question, inputs: Sequence[Tensor], beside: object) -> None:
+            assert len({len(one) for one in inputs}) == 1
+            captured.append((len(inputs[0]), beside is not None))
+            super().__init__(question, inputs, beside)
+
+    monkeypatch.setattr(graphs, "_Graph", Noting)
+    network, images, targets = make("cpu", 12)
+    graph, index = CudaGraphs(12, 4), torch.arange(first)
+    same(answers(network, images, targets, index, graph), answers(network, images, targets, index, None))
+    sizes = [size for size, _ in captured]
+    assert sizes == [12, 9, 6, 3] * 3
+    # All share the memory of the first.
+    assert [shared for _, shared in captured] == [False] + [True] * 11
+    answers(network, images, targets, torch.arange(12), graph)
+    assert len(captured) == 12
+
+
 def test_weights_that_an_optimiser_changed_are_seen(replayed):
     network, images, targets = make("cpu", 4)
     graph, index = CudaGraphs(4), torch.arange(4)
@@ -199,7 +222,7 @@ def test_graphs_on_a_gpu_answer_as_the_network_does(samples):
             for parameter in network.parameters():
                 parameter.add_(0.05)
     assert graph.refused is None
-    assert len(graph._graphs) == 3
+    assert len(graph._graphs) == 3 * 4
 
 
 @needs_gpu

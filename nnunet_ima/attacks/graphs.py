@@ -24,7 +24,7 @@ WARM_UP = 3
 
 
 class CudaGraphs:
-    """Captures each question once for each size it is asked at, and replays it from then on.
+    """Captures each question once for each size, when it is asked for the first time, and replays it from then on.
 
     A graph holds on to the network's parameters where they lie in memory; what an optimiser does to them in place, a
     replay sees. If they are moved, everything is captured anew. What cannot be captured (it looks at a value) is
@@ -64,10 +64,10 @@ class CudaGraphs:
         if where != self._where:
             self._graphs.clear()
             self._first, self._where = None, where
-        key = (kind, tuple((tuple(one.shape), one.dtype) for one in inputs))
+        key = _key(kind, inputs)
         if key not in self._graphs:
             try:
-                self._graphs[key] = _Graph(question, inputs, self._first)
+                self._capture(kind, question, inputs)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, too
                 self.refused = " ".join(str(error).split())[:200] or type(error).__name__
                 self._not_these.add(kind)
@@ -76,11 +76,27 @@ class CudaGraphs:
                     self._graphs.clear()
                     torch.cuda.empty_cache()
                 return question(*inputs)
-            self._first = self._first or self._graphs[key]
+            self._graphs.move_to_end(key)
             while len(self._graphs) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         return self._graphs[key].replay(inputs)
+
+    def _capture(self, kind: Hashable, question: Question, inputs: Sequence[Tensor]) -> None:
+        """At all sizes, the largest first: blocks of the memory that graphs share do not grow, so small ones first
+        would leave what no larger one can use. What a graph is captured on does not matter: zeros.
+        """
+        asked = len(inputs[0])
+        for size in sorted({asked, *(self.sizes if asked in self.sizes else ())}, reverse=True):
+            some = [one if size == asked else one.new_zeros((size, *one.shape[1:])) for one in inputs]
+            key = _key(kind, some)
+            if key not in self._graphs:
+                self._graphs[key] = _Graph(question, some, self._first)
+                self._first = self._first or self._graphs[key]
+
+
+def _key(kind: Hashable, inputs: Sequence[Tensor]) -> Hashable:
+    return kind, tuple((tuple(one.shape), one.dtype) for one in inputs)
 
 
 class _Graph:
