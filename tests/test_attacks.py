@@ -273,7 +273,8 @@ class Blind(nn.Module):
         self.images, self.logits = images, logits
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.where(torch.isclose(images, self.images).all(), self.logits, torch.nan)
+        known, logits = self.images[: len(images)], self.logits[: len(images)]
+        return torch.where(torch.isclose(images, known).all(), logits, torch.nan)
 
 
 def test_nan_is_no_success_without_a_gradient_either():

@@ -290,9 +290,10 @@ class Oracle:
     def _in_single_precision(self, loss: LossFunction, images: Tensor, targets: Outputs, where: Tensor) -> Ascent:
         """Of the samples ``where`` of a pass, in passes of half its size, as these take twice the memory.
 
-        They are filled up, so that no sample's numbers depend on which others are repeated.
+        They are filled up, so that no sample's numbers depend on which others are repeated. Where the caller chose the
+        size of passes, they are of that size: the network may take no other.
         """
-        size, parts = -(-len(images) // 2), []
+        size, parts = self._chunk if self._chunk and not self._graphs else -(-len(images) // 2), []
         for start in range(0, len(where), size):
             index = where[start : start + size]
             missing = size - len(index)
