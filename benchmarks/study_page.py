@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from study_machines import machine_lines
-from study_results import NORMS, UNROUNDED, in_order, labels, protocol_and_norm, table
+from study_results import HISTOGRAM, NORMS, UNROUNDED, in_order, labels, protocol_and_norm, table
 
 from nnunet_ima.files import atomic_path, write_text
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "study.md", ROOT / "docs" / "pictures"
 SCALES = ("paper", "small")
 COLOURS = {
-    "STD": "#d1495b", "IMA": "#00798c", "IMA-single": "#66b2c0", "IMA-no-noise": "#3f7cac",
+    "STD": "#d1495b", "IMA": "#00798c", "IMA-single": "#66b2c0", "IMA-no-noise": "#8a5a44",
     "IMA-origin": "#95d9c3", "SAT": "#edae49", "SAT-eps15": "#f4cf91",
     "TRADES": "#6a4c93", "TE": "#5c946e", "TE-weight300": "#a9cbb4",
 }  # fmt: skip
@@ -44,6 +44,8 @@ def main() -> None:
     for scale, result in results.items():
         if result is not None and evaluated(result):
             draw(result, PICTURES / f"study_{scale}.png")
+        if result is not None and with_margins(result):
+            draw_margins(result, PICTURES / f"study_{scale}_margins.png")
     write_text(PAGE, page)
 
 
@@ -81,9 +83,14 @@ def section(result: Mapping[str, Any] | None, scale: str) -> str:
     if result is None:
         return "Not run yet."
     commands = [f"`{part['command']}`, {part['date']}." for part in result["parts"]]
-    made = " ".join([*commands, *machine_lines(result["rows"]), *_rounded(result["rows"]), *_seeds(result)])
+    made = _list([*commands, *machine_lines(result["rows"]), *_rounded(result["rows"]), *_seeds(result)])
     picture = [f"![Dice against level](pictures/study_{scale}.png)"] if evaluated(result) else []
-    return "\n\n".join([made, *picture, table(result)])
+    margins = [f"![Margins of each training](pictures/study_{scale}_margins.png)"] if with_margins(result) else []
+    return "\n\n".join([made, *picture, table(result), *margins])
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _rounded(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -142,6 +149,35 @@ def _draw_evaluation(panel: Axes, rows: Sequence[Mapping[str, Any]], name: str) 
     panel.set_xlabel("level")
     panel.set_ylim(0, 100)
     panel.grid(alpha=0.3)
+
+
+def with_margins(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows, in order, whose training has margins."""
+    return [row for row in in_order(result["rows"]) if row["training"] and HISTOGRAM in row["training"]]
+
+
+def draw_margins(result: Mapping[str, Any], file: Path) -> None:
+    """Of each training with margins: their mean after each epoch, and their spread after the last, in shares of ε."""
+    rows = with_margins(result)
+    with plt.style.context("default"):
+        figure, (growth, spread) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
+        for number, row in enumerate(rows):
+            one, new = row["training"], row["method"] not in {other["method"] for other in rows[:number]}
+            style = {"color": COLOURS[row["method"]], "label": row["method"] if new else None}
+            growth.plot(range(1, len(one["margin_mean"]) + 1), one["margin_mean"], **style)
+            counts = one[HISTOGRAM]
+            shares = [count / sum(counts) for count in counts]
+            spread.stairs(shares, [place / len(counts) for place in range(len(counts) + 1)], **style)
+        growth.set(xlabel="epoch", ylabel="mean margin", title="One line a training")
+        spread.set(xlabel="margin / ε", ylabel="share of the samples", title="After the last epoch")
+        growth.legend()
+        for panel in (growth, spread):
+            panel.grid(alpha=0.3)
+        figure.tight_layout()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary:
+            figure.savefig(temporary, format="png")
+        plt.close(figure)
 
 
 def _is_search(result: Mapping[str, Any]) -> bool:

@@ -225,17 +225,20 @@ def _published(dataset: str, protocol: str, norm: str, attack: str) -> Sequence[
 def _training_lines(trained: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     stock = [row for row in trained if row["method"] == "STD"]
     yield "\nTrainings, in epochs; seconds beside whatever ran at once, a ratio to stock trainings on such machines."
-    yield "Of the last epoch: the precision of attacks, passes a sample, margins (10 / 50 / 90 %).\n"
-    yield from _head("method", "epochs", "seconds", "ratio", "attacks in", "passes", "margins")
+    yield "Passes a sample and step, mean of the training and of its last epoch; of the last epoch, the precision of"
+    yield "attacks and the margins (10 / 50 / 90 %).\n"
+    yield from _head("method", "epochs", "seconds", "ratio", "attacks in", "passes", "at the end", "margins")
     for row in trained:
         one = row["training"]
         units = [other["training"]["seconds"] for other in stock if _made_on(other) == _made_on(row)]
         ratio = f"{one['seconds'] / statistics.fmean(units):.1f}" if units else ""
-        passes = f"{one['passes_per_sample'][-1]:.1f}" if "passes_per_sample" in one else "1"
+        # Stock nnU-Net's own step does not count them.
+        counted = one.get("passes_per_sample", [1.0])
+        passes = [f"{value:.1f}" for value in (statistics.fmean(counted), counted[-1])]
         margins = " / ".join(f"{one[key][-1]:.1f}" for key in QUANTILES[:3]) if "margin_10" in one else ""
         number = f" {row['repetition'] + 1}" if any(other["repetition"] for other in trained) else ""
         seconds, attacks = f"{one['seconds']:.0f}", one.get("attacks_in", "") if "passes_per_sample" in one else ""
-        yield _line(f"{row['method']}{number}", str(one["epochs"]), seconds, ratio, attacks, passes, margins)
+        yield _line(f"{row['method']}{number}", str(one["epochs"]), seconds, ratio, attacks, *passes, margins)
 
 
 def _made_on(row: Mapping[str, Any]) -> set[tuple[Any, ...]]:

@@ -1,5 +1,7 @@
 """Square and SPSA: what they do without a gradient."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,19 +10,18 @@ from tiny_networks import KINDS, make_problem, seeded
 from torch import nn
 
 from nnunet_ima.attacks import SPSA, WhiteNoise
+from nnunet_ima.attacks.draws import AHEAD, Draws
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
 from nnunet_ima.attacks.square import (
     Square,
     _fitting,
-    _l2_draw,
     _l2_proposals,
     _linf_proposals,
     _pyramid,
-    _sign,
     _tiles,
     _two_pyramids,
-    _window,
     covered_share,
+    draws_per_query,
     odd_side,
     side,
 )
@@ -130,7 +131,10 @@ def test_an_l2_proposal_moves_mass_and_keeps_the_norm(channels, size, seed, shar
         generator = seeded(seed)
         delta = _tiles(torch.zeros((channels, *[size] * axes)), generator)
         delta = delta / delta.norm()
-        tried = _l2_proposals(delta[None], share, [generator])[0]
+        draws = torch.rand(
+            (1, draws_per_query("l2", channels, *[size] * axes)), generator=generator, dtype=torch.double
+        )
+        tried = _l2_proposals(delta[None], share, draws)[0]
         # Few voxels may cancel out; the attack then scales the whole to norm ε.
         assert float(tried.norm()) < 1.001
         assert odd_side(share, [size] * axes) < 4 or float(tried.norm()) == pytest.approx(1.0, abs=1e-3)
@@ -138,22 +142,33 @@ def test_an_l2_proposal_moves_mass_and_keeps_the_norm(channels, size, seed, shar
         assert (changed <= 2 * odd_side(share, [size] * axes) ** axes).all()
 
 
-def slow_l2(delta, share, generator):
+def slow_corner(length, spatial, numbers):
+    """Of all places where the square fits, each as likely as any other along an axis."""
+    places = [range(max(1, size - length + 1)) for size in spatial]
+    return [along[math.floor(float(number) * len(along))] for along, number in zip(places, numbers, strict=True)]
+
+
+def slow_signs(numbers):
+    return torch.tensor([-1.0 if float(number) < 0.5 else 1.0 for number in numbers])
+
+
+def slow_l2(delta, share, numbers):
     """Algorithm 3 for one sample (C, *spatial), window by window."""
     channels, *spatial = delta.shape
-    length = odd_side(share, spatial)
-    place, emptied_at, along, signs = _l2_draw(length, spatial, channels, generator)
+    axes, length = len(spatial), odd_side(share, spatial)
+    place, emptied_at = (slow_corner(length, spatial, numbers[first : first + axes]) for first in (0, axes))
+    along = math.floor(float(numbers[2 * axes]) * axes) if length > 1 else 0
     cuts = [
         (slice(None), *(slice(c, c + min(length, size)) for c, size in zip(corner, spatial, strict=True)))
         for corner in (place, emptied_at)
     ]
-    signs = signs.reshape(channels, *[1] * len(spatial)).to(delta)
+    signs = slow_signs(numbers[2 * axes + 1 :]).reshape(channels, *[1] * axes).to(delta)
     both = torch.zeros_like(delta, dtype=torch.bool)
     for cut in cuts:
         both[cut] = True
     tried, old = delta.clone(), delta[cuts[0]]
     free = (1 - delta.square().sum()) / channels + (delta.square() * both).flatten(1).sum(1)
-    pattern = _fitting(_two_pyramids(length, len(spatial)).transpose(0, along)[None], old)
+    pattern = _fitting(_two_pyramids(length, axes).transpose(0, along)[None], old)
     fresh = pattern * signs + old / (1e-10 + old.flatten(1).norm(dim=1).reshape(signs.shape))
     fresh = fresh / (1e-10 + fresh.flatten(1).norm(dim=1).reshape(signs.shape))
     tried[cuts[1]] = 0
@@ -166,17 +181,58 @@ def slow_l2(delta, share, generator):
 def test_proposals_for_many_samples_are_those_for_each(channels, spatial, seed, share):
     delta = torch.randn((3, channels, *spatial), generator=seeded(seed))
     delta = delta / lp_norm(delta, "l2").reshape(-1, *[1] * (delta.ndim - 1))
-    together, one = ([seeded(seed + i) for i in range(3)] for _ in range(2))
-    slow = torch.stack([slow_l2(d, share, generator) for d, generator in zip(delta, one, strict=True)])
-    torch.testing.assert_close(_l2_proposals(delta, share, together), slow, atol=1e-5, rtol=1e-5)
-    tried = _linf_proposals(delta.sign(), share, together)
-    for change, before, generator in zip(tried, delta.sign(), one, strict=True):
-        length = side(share, spatial)
-        corner = _window(length, spatial, generator)
-        before[(slice(None), *(slice(c, c + length) for c in corner))] = _sign(channels, generator).reshape(
-            channels, *[1] * len(spatial)
-        )
+    l2, linf = (
+        torch.rand((3, draws_per_query(norm, channels, *spatial)), generator=seeded(seed), dtype=torch.double)
+        for norm in ("l2", "linf")
+    )
+    slow = torch.stack([slow_l2(one, share, numbers) for one, numbers in zip(delta, l2, strict=True)])
+    torch.testing.assert_close(_l2_proposals(delta, share, l2), slow, atol=1e-5, rtol=1e-5)
+    tried = _linf_proposals(delta.sign(), share, linf)
+    for change, before, numbers in zip(tried, delta.sign(), linf, strict=True):
+        length, axes = side(share, spatial), len(spatial)
+        corner = slow_corner(length, spatial, numbers[:axes])
+        signs = slow_signs(numbers[axes:]).reshape(channels, *[1] * axes)
+        before[(slice(None), *(slice(c, c + length) for c in corner))] = signs
         assert torch.equal(change, before)
+
+
+@pytest.mark.parametrize("spatial", [(7, 5), (6, 4, 9)])
+def test_squares_fall_everywhere_equally_often_and_their_signs_are_even(spatial):
+    """Of 4,000 squares; the bounds are six standard deviations."""
+    tried, length = 4000, 2
+    numbers = torch.rand((tried, draws_per_query("linf", 1, *spatial)), generator=seeded(0), dtype=torch.double)
+    share = length ** len(spatial) / math.prod(spatial)
+    assert side(share, spatial) == length
+    change = _linf_proposals(torch.zeros((tried, 1, *spatial)), share, numbers)[:, 0]
+    for axis, size in enumerate(spatial):
+        others = [other + 1 for other in range(len(spatial)) if other != axis]
+        corner = change.abs().amax(others).argmax(1)
+        counts = torch.bincount(corner, minlength=size - length + 1).double()
+        expected = tried / (size - length + 1)
+        assert len(counts) == size - length + 1
+        assert ((counts - expected).abs() < 6 * expected**0.5).all()
+    ups = float((change.flatten(1).sum(1) > 0).sum())
+    assert abs(ups - tried / 2) < 6 * (tried / 4) ** 0.5
+
+
+@few
+@given(st.data())
+def test_a_samples_numbers_do_not_depend_on_the_others_nor_on_when_these_leave(data):
+    """Compared with numbers that each sample draws alone, one query at a time."""
+    samples, width, queries = 4, 3, 2 * AHEAD + 5
+    leaves = [data.draw(st.integers(1, queries)) for _ in range(samples)]
+    alone = [
+        torch.cat([torch.rand((1, width), generator=one, dtype=torch.double) for _ in range(queries)])
+        for one in map(seeded, range(samples))
+    ]
+    draws, there = Draws([seeded(number) for number in range(samples)], width), list(range(samples))
+    for query in range(queries):
+        kept = [place for place, number in enumerate(there) if leaves[number] > query]
+        if len(kept) < len(there):
+            draws, there = draws.of(kept), [there[place] for place in kept]
+        if not there:
+            return
+        assert torch.equal(draws.next(), torch.stack([alone[number][query] for number in there]))
 
 
 @few

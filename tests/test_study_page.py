@@ -189,8 +189,8 @@ def test_trainings_are_compared_with_the_mean_stock_training():
            "margin_10": [0.0, 1.0], "margin_50": [0.0, 4.0], "margin_90": [0.0, 12.0]}  # fmt: skip
     rows = [a_row("STD", 0, stock), a_row("IMA", 0, ima), a_row("STD", 1, {**stock, "seconds": 200.0})]
     cells = lines_of(table(a_result(rows)), "Trainings, in epochs")
-    assert cells["IMA 1"] == ["22", "450", "3.0", "bfloat16", "9.5", "1.0 / 4.0 / 12.0"]
-    assert cells["STD 2"][:3] == ["22", "200", "1.3"]
+    assert cells["IMA 1"] == ["22", "450", "3.0", "bfloat16", "6.2", "9.5", "1.0 / 4.0 / 12.0"]
+    assert cells["STD 2"] == ["22", "200", "1.3", "", "1.0", "1.0"]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +253,32 @@ def test_the_picture_shows_every_method_and_evaluation_with_its_spread(tmp_path,
     assert lengths == pytest.approx([0, 2 * 100 * 0.1 * 2**0.5, 0, 0], abs=1e-6)
     # What nobody knows is not drawn as nothing.
     assert not drawn["TE, 1 of 2, not to be trusted"].has_yerr
+
+
+def test_a_picture_shows_the_margins_of_each_training_that_has_some(tmp_path, monkeypatch):
+    margins = {"seconds": 1.0, "epochs": 2, "margin_mean": [2.0, 3.5], "margin_histogram": [1, 0, 3]}
+    later = {**margins, "margin_mean": [2.0, 2.5, 4.0], "margin_histogram": [0, 5, 0]}
+    rows = [
+        a_row("STD", 0, {"seconds": 1.0, "epochs": 2}),
+        a_row("IMA-single", 0, later),
+        a_row("IMA", 1, margins),
+        a_row("IMA", 0, margins),
+    ]
+    text = study_page.section(a_result(rows), "small")
+    assert text.endswith("](pictures/study_small_margins.png)")
+    assert "margins.png" not in study_page.section(a_result(rows[:1]), "small")
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    study_page.draw_margins(a_result(rows), tmp_path / "margins.png")
+    assert (tmp_path / "margins.png").stat().st_size > 5000
+    growth, spread = figures[0].axes
+    assert [line.get_ydata().tolist() for line in growth.lines] == [[2.0, 3.5], [2.0, 3.5], [2.0, 2.5, 4.0]]
+    assert growth.lines[2].get_xdata().tolist() == [1, 2, 3]
+    assert [text.get_text() for text in growth.get_legend().get_texts()] == ["IMA", "IMA-single"]
+    steps = [patch.get_data() for patch in spread.patches]
+    assert [values.values.tolist() for values in steps] == [[0.25, 0, 0.75], [0.25, 0, 0.75], [0, 1, 0]]
+    assert steps[0].edges == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert {line.get_color() for line in growth.lines[:2]} == {study_page.COLOURS["IMA"]}
 
 
 def test_nothing_is_written_if_the_results_of_a_scale_are_of_another(tmp_path, monkeypatch):
@@ -320,7 +346,9 @@ def test_the_page_says_on_which_machines_and_with_which_seeds_figures_were_made(
     result = a_result(rows)
     result["parts"].append({"command": "python elsewhere.py", "date": "2026-11-27"})
     text = study_page.section(result, "small")
-    assert "`python benchmarks/paper_scale.py`, 2026-11-26. `python elsewhere.py`, 2026-11-27." in text
+    assert text.startswith(
+        "- `python benchmarks/paper_scale.py`, 2026-11-26.\n- `python elsewhere.py`, 2026-11-27.\n- On"
+    )
     assert "rounded before anything was measured, to half precision: 1." in text
     cpu = "On A processor with AMX, 2 cores, 1 thread, 1 worker, 2 models at once, torch 2.15.0, nnU-Net 2.8.1"
     assert f"{cpu}: 2 trainings (1 in part), 1 evaluation." in text

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nnunet_ima.attacks.attack import Attack
+from nnunet_ima.attacks.draws import Draws
 from nnunet_ima.attacks.oracle import BestSoFar, Oracle
-from nnunet_ima.lp import lp_norm, per_sample
+from nnunet_ima.lp import Norm, lp_norm, per_sample
 from nnunet_ima.seeds import sample_generators
 from nnunet_ima.threat import ThreatModel
 
@@ -46,10 +47,11 @@ class Square(Attack):
             return
         generators = sample_generators(images, self.seed, self.name)
         propose = _linf_proposals if self.threat.norm == "linf" else _l2_proposals
-        threat, clean, drawn = self.threat.select(index), images[index], [generators[i] for i in index.tolist()]
+        threat, clean, mine = self.threat.select(index), images[index], [generators[i] for i in index.tolist()]
         begin = _stripes if self.threat.norm == "linf" else _tiles
         # Piece by piece, which is slow on a GPU.
-        parts = [begin(image, generator) for image, generator in zip(clean.cpu(), drawn, strict=True)]
+        parts = [begin(image, generator) for image, generator in zip(clean.cpu(), mine, strict=True)]
+        draws = Draws(mine, draws_per_query(self.threat.norm, *images.shape[1:]))
         delta = torch.stack(parts).to(clean)
         point = threat.project(clean + _scaled(delta, threat, clean), clean)
         loss, _ = oracle.score(point, index)
@@ -58,19 +60,25 @@ class Square(Attack):
             if not bool(stays.all()):
                 kept = stays.nonzero()[:, 0]
                 threat, clean, index, loss = threat.select(kept), clean[kept], index[kept], loss[kept]
-                delta, point, drawn = delta[kept], point[kept], [drawn[i] for i in kept.tolist()]
+                delta, point, draws = delta[kept], point[kept], draws.of(kept.tolist())
             if not len(index):
                 return
             share = covered_share(self.p_init, query, self.n_queries)
             radius = per_sample(threat.radius(clean).flatten(1).amax(1), clean)
             current = delta if threat.norm == "linf" else (point - clean) / radius.clamp_min(1e-12)
-            tried = propose(current, share, drawn)
+            tried = propose(current, share, draws.next())
             candidate = threat.project(clean + _scaled(tried, threat, clean), clean)
             new_loss, _ = oracle.score(candidate, index, progress=query / self.n_queries)
             better = new_loss > loss
             loss = torch.where(better, new_loss, loss)
             point = torch.where(per_sample(better, point), candidate, point)
             delta = torch.where(per_sample(better, delta), tried, delta)
+
+
+def draws_per_query(norm: Norm, channels: int, *spatial: int) -> int:
+    """How many random numbers a proposal takes: corners of its squares, signs, and in L2 an axis."""
+    corners = len(spatial) if norm == "linf" else 2 * len(spatial) + 1
+    return corners + channels
 
 
 def covered_share(p_init: float, query: int, n_queries: int) -> float:
@@ -105,13 +113,14 @@ def _signs(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Te
     return (2 * torch.randint(0, 2, tuple(shape), generator=generator) - 1).to(like)
 
 
-def _below(limit: int, generator: torch.Generator) -> int:
-    return int(torch.randint(0, max(1, limit), (1,), generator=generator))
+def _corners(length: int, spatial: Sequence[int], draws: Tensor) -> Tensor:
+    """The corner of a random square for each sample, (n, axes), from as many numbers."""
+    return (draws * torch.tensor([max(1, size - length + 1) for size in spatial])).long()
 
 
-def _window(length: int, spatial: Sequence[int], generator: torch.Generator) -> list[int]:
-    """The corner of a random square."""
-    return [_below(size - length + 1, generator) for size in spatial]
+def _random_signs(draws: Tensor, like: Tensor) -> Tensor:
+    """±1 for each sample and channel, (n, C, 1, ..., 1), from numbers (n, C)."""
+    return torch.where(draws < 0.5, -1.0, 1.0).to(like).reshape(*draws.shape, *[1] * (like.ndim - 2))
 
 
 def _inside(corners: Tensor, length: int, spatial: Sequence[int]) -> Tensor:
@@ -141,14 +150,16 @@ def _stripes(image: Tensor, generator: torch.Generator) -> Tensor:
     return _signs((channels, 1, *rest), generator, image).expand(channels, first, *rest).clone()
 
 
-def _linf_proposals(delta: Tensor, share: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """Algorithm 2 for each sample of (n, C, *spatial): a square of one sign a channel."""
+def _linf_proposals(delta: Tensor, share: float, draws: Tensor) -> Tensor:
+    """Algorithm 2 for each sample of (n, C, *spatial): a square of one sign a channel.
+
+    ``draws`` (n, axes + C) is what is random about it: the square's corner, its signs.
+    """
     channels, *spatial = delta.shape[1:]
     length = side(share, spatial)
-    drawn = [(_window(length, spatial, generator), _sign(channels, generator)) for generator in generators]
-    corners = torch.tensor([corner for corner, _ in drawn], device=delta.device)
-    signs = torch.stack([sign for _, sign in drawn]).to(delta).reshape(len(delta), channels, *[1] * len(spatial))
-    return torch.where(_inside(corners, length, spatial), signs, delta)
+    corner, signs = draws.split([len(spatial), channels], dim=1)
+    inside = _inside(_corners(length, spatial, corner).to(delta.device), length, spatial)
+    return torch.where(inside, _random_signs(signs, delta), delta)
 
 
 def _tiles(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -165,7 +176,8 @@ def _tiles(image: Tensor, generator: torch.Generator) -> Tensor:
             rest, step = divmod(rest, count)
             corner.append(start + step * length)
         window: Window = (slice(None), *(slice(c, c + length) for c in corner))
-        along = _pyramid_axis(length, len(spatial), generator)
+        drawn = torch.rand((1,), generator=generator, dtype=torch.double)
+        along = int(_pyramid_axis(length, len(spatial), drawn))
         pattern = _two_pyramids(length, len(spatial)).transpose(0, along).to(image)
         signs = _signs((channels, *[1] * len(spatial)), generator, image)
         region = delta[window]
@@ -173,16 +185,19 @@ def _tiles(image: Tensor, generator: torch.Generator) -> Tensor:
     return delta
 
 
-def _l2_proposals(delta: Tensor, share: float, generators: Sequence[torch.Generator]) -> Tensor:
+def _l2_proposals(delta: Tensor, share: float, draws: Tensor) -> Tensor:
     """Algorithm 3 for each sample of (n, C, *spatial).
 
-    One square is emptied, and its mass and what is missing to norm 1 put into another.
+    One square is emptied, and its mass and what is missing to norm 1 put into another. ``draws`` (n, 2 axes + 1 + C) is
+    what is random about it: the corners of the square to be filled and of that to be emptied, the axis along which the
+    two pyramids lie, the signs.
     """
     channels, *spatial = delta.shape[1:]
     axes, length = len(spatial), odd_side(share, spatial)
-    drawn = [_l2_draw(length, spatial, channels, generator) for generator in generators]
-    place, emptied_at, along = (torch.tensor([one[i] for one in drawn], device=delta.device) for i in range(3))
-    signs = torch.stack([one[3] for one in drawn]).to(delta).reshape(len(delta), channels, *[1] * axes)
+    to_fill, to_empty, axis, sign = draws.split([axes, axes, 1, channels], dim=1)
+    place, emptied_at = (_corners(length, spatial, one).to(delta.device) for one in (to_fill, to_empty))
+    along = _pyramid_axis(length, axes, axis[:, 0]).to(delta.device)
+    signs = _random_signs(sign, delta)
     filled, emptied = (_inside(corners, length, spatial) for corners in (place, emptied_at))
 
     def over_channel(values: Tensor) -> Tensor:
@@ -198,22 +213,9 @@ def _l2_proposals(delta: Tensor, share: float, generators: Sequence[torch.Genera
     return torch.where(filled, fresh, torch.where(emptied, torch.zeros_like(delta), delta))
 
 
-def _l2_draw(
-    length: int, spatial: Sequence[int], channels: int, generator: torch.Generator
-) -> tuple[list[int], list[int], int, Tensor]:
-    """What is random about a proposal: the square to be filled, that to be emptied, the pattern's axis, the signs."""
-    filled, emptied = _window(length, spatial, generator), _window(length, spatial, generator)
-    return filled, emptied, _pyramid_axis(length, len(spatial), generator), _sign(channels, generator)
-
-
-def _sign(channels: int, generator: torch.Generator) -> Tensor:
-    """±1 for each channel (C,)."""
-    return 2 * torch.randint(0, 2, (channels,), generator=generator) - 1
-
-
-def _pyramid_axis(length: int, axes: int, generator: torch.Generator) -> int:
-    """Along which axis the two pyramids lie; of a single voxel there is nothing to be drawn."""
-    return _below(axes, generator) if length // 2 else 0
+def _pyramid_axis(length: int, axes: int, draws: Tensor) -> Tensor:
+    """Along which axis the two pyramids lie, (n,); a single voxel has none."""
+    return (draws * axes).long() if length // 2 else torch.zeros(len(draws), dtype=torch.long)
 
 
 def _placed(pattern: Tensor, corners: Tensor, along: Tensor, spatial: Sequence[int]) -> Tensor:
@@ -248,4 +250,4 @@ def _pyramid(shape: Sequence[int]) -> Tensor:
     return ((far[..., None] <= boxes - 1) / boxes.square()).sum(-1)
 
 
-__all__ = ["Square", "covered_share", "odd_side", "side"]
+__all__ = ["Square", "covered_share", "draws_per_query", "odd_side", "side"]
