@@ -157,7 +157,7 @@ def _linf_proposals(delta: Tensor, share: float, draws: Tensor) -> Tensor:
     """
     channels, *spatial = delta.shape[1:]
     length = side(share, spatial)
-    corner, signs = draws.split([len(spatial), channels], dim=1)
+    corner, signs = torch.split(draws, [len(spatial), channels], dim=1)
     inside = _inside(_corners(length, spatial, corner).to(delta.device), length, spatial)
     return torch.where(inside, _random_signs(signs, delta), delta)
 
@@ -194,7 +194,7 @@ def _l2_proposals(delta: Tensor, share: float, draws: Tensor) -> Tensor:
     """
     channels, *spatial = delta.shape[1:]
     axes, length = len(spatial), odd_side(share, spatial)
-    to_fill, to_empty, axis, sign = draws.split([axes, axes, 1, channels], dim=1)
+    to_fill, to_empty, axis, sign = torch.split(draws, [axes, axes, 1, channels], dim=1)
     place, emptied_at = (_corners(length, spatial, one).to(delta.device) for one in (to_fill, to_empty))
     along = _pyramid_axis(length, axes, axis[:, 0]).to(delta.device)
     signs = _random_signs(sign, delta)
