@@ -25,6 +25,7 @@ from nnunet_ima.files import atomic_path, write_text
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "study.md", ROOT / "docs" / "pictures"
 SCALES = ("paper", "small")
+MARGINS = "Margins of the trainings that have some: their mean after each epoch, and how those of the last one spread."
 COLOURS = {
     "STD": "#d1495b", "IMA": "#00798c", "IMA-single": "#66b2c0", "IMA-no-noise": "#8a5a44",
     "IMA-origin": "#95d9c3", "SAT": "#edae49", "SAT-eps15": "#f4cf91",
@@ -85,8 +86,8 @@ def section(result: Mapping[str, Any] | None, scale: str) -> str:
     commands = [f"`{part['command']}`, {part['date']}." for part in result["parts"]]
     made = _list([*commands, *machine_lines(result["rows"]), *_rounded(result["rows"]), *_seeds(result)])
     picture = [f"![Dice against level](pictures/study_{scale}.png)"] if evaluated(result) else []
-    margins = [f"![Margins of each training](pictures/study_{scale}_margins.png)"] if with_margins(result) else []
-    return "\n\n".join([made, *picture, table(result), *margins])
+    margins = [f"{MARGINS}\n\n![Margins of each training](pictures/study_{scale}_margins.png)"]
+    return "\n\n".join([made, *picture, table(result), *(margins if with_margins(result) else [])])
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -20,7 +20,9 @@ from nnunet_ima.settings import KEY
 
 # Of the last epoch, how many samples' margins lie in each of the equal parts of 0 to ε.
 HISTOGRAM = "margin_histogram"
-QUANTILES = ("margin_10", "margin_50", "margin_90", "margin_mean", "visits_mean", "passes_per_sample")
+QUANTILES = (
+    "margin_10", "margin_50", "margin_90", "margin_mean", "visits_mean", "passes_per_sample", "correct_share",
+)  # fmt: skip
 NORMS = {"l2": "L2", "linf": "Linf"}
 UNROUNDED = "single precision"
 ORDER = (

@@ -265,7 +265,7 @@ def test_a_picture_shows_the_margins_of_each_training_that_has_some(tmp_path, mo
         a_row("IMA", 0, margins),
     ]
     text = study_page.section(a_result(rows), "small")
-    assert text.endswith("](pictures/study_small_margins.png)")
+    assert text.endswith(f"{study_page.MARGINS}\n\n![Margins of each training](pictures/study_small_margins.png)")
     assert "margins.png" not in study_page.section(a_result(rows[:1]), "small")
     figures: list[Any] = []
     monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
