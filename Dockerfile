@@ -3,6 +3,7 @@
 FROM python:3.11-slim
 
 # torch.compile, which nnU-Net uses on GPUs, compiles with gcc, and with g++ what stays on the CPU.
+# No versions are pinned (DL3008): a Debian release keeps but one of each, and drops the older ones.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ gcc libc6-dev \

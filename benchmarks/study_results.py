@@ -234,9 +234,9 @@ def _training_lines(trained: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         one = row["training"]
         units = [other["training"]["seconds"] for other in stock if _made_on(other) == _made_on(row)]
         ratio = f"{one['seconds'] / statistics.fmean(units):.1f}" if units else ""
-        # Stock nnU-Net's own step does not count them.
-        counted = one.get("passes_per_sample", [1.0])
-        passes = [f"{value:.1f}" for value in (statistics.fmean(counted), counted[-1])]
+        # Stock nnU-Net's own step does not count them; of another method nobody knows what was not counted.
+        counted = one.get("passes_per_sample", [1.0] if row["method"] == "STD" else [])
+        passes = [f"{value:.1f}" for value in (statistics.fmean(counted), counted[-1])] if counted else ["", ""]
         margins = " / ".join(f"{one[key][-1]:.1f}" for key in QUANTILES[:3]) if "margin_10" in one else ""
         number = f" {row['repetition'] + 1}" if any(other["repetition"] for other in trained) else ""
         seconds, attacks = f"{one['seconds']:.0f}", one.get("attacks_in", "") if "passes_per_sample" in one else ""

@@ -33,7 +33,7 @@ def test_pictures_are_drawn_once_a_minute_and_after_the_last_epoch(project, resu
     now, drawn = [1000.0], {"progress": [], "margins": []}
     monkeypatch.setattr(training_log.time, "monotonic", lambda: now[0])
     trainer = started(project, nnUNetTrainerIMA, "2d_tiny", num_epochs=4, robust_every=0)
-    epoch = lambda *_: trainer.current_epoch  # noqa: E731
+    epoch = lambda *_: trainer.current_epoch  # noqa: E731 (asked anew at each call)
     monkeypatch.setattr(training_log.AdversarialLogger, "_draw", lambda *_: drawn["progress"].append(epoch()))
     monkeypatch.setattr("nnunet_ima.trainers.nnUNetTrainerIMA.draw_margins", lambda *_: drawn["margins"].append(1))
     trainer.disable_checkpointing = True

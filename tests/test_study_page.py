@@ -166,7 +166,7 @@ def test_how_long_evaluations_took_is_told_of_those_that_know():
 
 def test_trainings_are_compared_with_stock_trainings_on_machines_of_the_same_kind():
     def trained(seconds: float, **machine: Any) -> dict[str, Any]:
-        return {"seconds": seconds, "epochs": 22, "machines": [{**A_MACHINE, **machine}]}
+        return {"seconds": seconds, "epochs": 22, "machines": [{**A_MACHINE, **machine}], "passes_per_sample": [9.0]}
 
     rows = [
         a_row("STD", 0, trained(100.0)), a_row("IMA", 0, trained(600.0, jobs=1)),
@@ -191,6 +191,8 @@ def test_trainings_are_compared_with_the_mean_stock_training():
     cells = lines_of(table(a_result(rows)), "Trainings, in epochs")
     assert cells["IMA 1"] == ["22", "450", "3.0", "bfloat16", "6.2", "9.5", "1.0 / 4.0 / 12.0"]
     assert cells["STD 2"] == ["22", "200", "1.3", "", "1.0", "1.0"]
+    uncounted = lines_of(table(a_result([a_row("SAT", 0, stock)])), "Trainings, in epochs")
+    assert "1.0" not in uncounted["SAT"]
 
 
 @pytest.mark.parametrize(
@@ -204,11 +206,12 @@ def test_trainings_are_compared_with_the_mean_stock_training():
     ],
 )
 def test_a_row_says_in_which_precision_attacks_ended(tmp_path, noted, told):
-    log = {"epoch_start_timestamps": [0.0, 10.0], "epoch_end_timestamps": [4.0, 15.0]}
+    log = {"epoch_start_timestamps": [0.0, 10.0], "epoch_end_timestamps": [4.0, 15.0], "correct_share": [0.25, 0.5]}
     torch.save({"logging": log, "init_args": {KEY: noted}}, tmp_path / "checkpoint_final.pth")
     found = _training(tmp_path / "checkpoint_final.pth")
     assert found is not None
     assert found["seconds"] == 9.0
+    assert found["correct_share"] == [0.25, 0.5]
     assert found.get("attacks_in") == told
 
 
